@@ -1,0 +1,243 @@
+"""What every attention variant receives and promises."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fna_lab import ops
+from fna_lab.attn.landmarks.base import LandmarkSampler
+
+SOURCES = ("input", "normed", "q", "k")
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Which (query, key) pairs a mask strategy takes away at one layer.
+
+    Attributes:
+        tokens: the token set T, bool `[b n]`.
+        pattern: a name of `fna_lab.ops.PATTERNS`.
+        stage: `mask` (before softmax) or `sink` (after it).
+        rows: indices of T, long `[b t]`, padded to the largest set of the batch.
+        valid: bool `[b t]`, False where `rows` is padding.
+    """
+
+    tokens: Tensor
+    pattern: str
+    stage: str
+    rows: Tensor
+    valid: Tensor
+
+
+@dataclass
+class Context:
+    """One attention call of the host, seen from outside.
+
+    Attributes:
+        layer: 0-based index of the block that is running.
+        nth: how many blocks with this variant ran before it in the same forward pass.
+        scale: factor of the logits, in the host's own convention.
+        x: the block's input `[b n c]`.
+        num_prefix_tokens: CLS and registers before the patch tokens.
+        has_cls: whether token 0 is CLS.
+        grid: (rows, columns) of the patch tokens, None where unknown.
+        attn_mask: the host's own mask or bias, as SDPA takes it.
+        removal: what the mask strategy takes away at this layer.
+        shared: what earlier layers of the same forward pass left for later ones.
+    """
+
+    layer: int
+    nth: int
+    scale: float
+    x: Tensor
+    num_prefix_tokens: int = 0
+    has_cls: bool = False
+    grid: tuple[int, int] | None = None
+    attn_mask: Tensor | None = None
+    removal: Removal | None = None
+    shared: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def removed(self) -> Tensor | None:
+        """Keys that nobody else may attend to: T bool `[b n]` of a `mask` stage, else None."""
+        return self.removal.tokens if self.removal and self.removal.stage == "mask" else None
+
+
+class AttentionVariant(ABC):
+    """Attention over `(q, k, v)`; stateless, so that one object serves every layer and picture.
+
+    Attributes:
+        patterns: the mask patterns that the variant honours, in both stages.
+        min_tokens: the fewest tokens that it can work on.
+    """
+
+    patterns: Iterable[str] = ()
+    min_tokens: int = 1
+
+    @abstractmethod
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """Attend: `[b h n d]` x3 -> `[b h n d]`, independent of the other pictures of a batch."""
+
+    @property
+    def name(self) -> str:
+        """The variant's name in `conf/attn`: that of its file."""
+        return type(self).__module__.rsplit(".", 1)[-1]
+
+    def check(self, pattern: str) -> None:
+        """Refuse, before any data is read, a mask pattern that the variant cannot honour.
+
+        Raises:
+            NotImplementedError: naming the variant, the pattern and those that it honours.
+        """
+        if pattern not in self.patterns:
+            raise NotImplementedError(
+                f"attn={self.name} cannot honour the mask pattern {pattern!r}; "
+                f"it honours {', '.join(self.patterns) or 'none'}. Use attn=exact for others."
+            )
+
+
+class LandmarkAttention(AttentionVariant):
+    """Attention through a few landmark tokens; the part that its variants share.
+
+    It chooses landmarks, hands them to `approximate`, and honours masks around it: removed or
+    padded keys never become landmarks and never receive weight, and a token of T that still sees
+    itself (`type2`) has its own row put right exactly, which costs O(|T| n d).
+
+    Args:
+        landmarks: the sampler.
+        num_landmarks: landmarks m of each picture, CLS included.
+        source: what it samples: the block's `input`, that input layer-`normed` (without the
+            host's affine part), or the head mean of `q` or `k`.
+        renew: take landmarks anew every so many layers; 0 keeps those of the first layer.
+        keep_cls: make CLS the first landmark where the host has one.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    patterns = ("type1", "type2")
+
+    def __init__(
+        self,
+        *,
+        landmarks: LandmarkSampler,
+        num_landmarks: int = 64,
+        source: str = "normed",
+        renew: int = 1,
+        keep_cls: bool = True,
+    ) -> None:
+        if not isinstance(num_landmarks, int) or num_landmarks < 1:
+            raise ValueError(f"attn.num_landmarks={num_landmarks!r}: expected an integer >= 1.")
+        if source not in SOURCES:
+            raise ValueError(f"attn.source={source!r}: expected one of {', '.join(SOURCES)}.")
+        if not isinstance(renew, int) or renew < 0:
+            raise ValueError(f"attn.renew={renew!r}: expected an integer >= 0 (0 = never).")
+        self.landmarks = landmarks
+        self.num_landmarks = num_landmarks
+        self.source = source
+        self.renew = renew
+        self.keep_cls = keep_cls
+
+    @abstractmethod
+    def approximate(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        landmarks: Tensor,
+        *,
+        scale: float,
+        keys: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Attend through landmarks.
+
+        Args:
+            q: queries `[b h n d]`.
+            k: keys `[b h n d]`.
+            v: values `[b h n d]`.
+            landmarks: token indices, long `[b m]`.
+            scale: factor of the logits.
+            keys: bool `[b n]`, True = may be attended to; None = all.
+            bias: added to the logits, `[b|1 h|1 n n]`; None = nothing.
+        """
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """Attend: `[b h n d]` x3 -> `[b h n d]`."""
+        padding, bias = self._split(context.attn_mask, q)
+        removal = context.removal
+        keys = padding
+        if context.removed is not None:
+            keys = ~context.removed if keys is None else keys & ~context.removed
+        sunk = removal is not None and removal.stage == "sink"
+        values = v.masked_fill(removal.tokens[:, None, :, None], 0) if removal and sunk else v
+        picks = self.choose(q, k, keys, context)
+        out = self.approximate(q, k, values, picks, scale=context.scale, keys=keys, bias=bias)
+        if removal is None or removal.pattern == "type1":
+            return out
+        return ops.restore_own_rows(
+            out,
+            q,
+            k,
+            v,
+            removal.rows,
+            removal.valid,
+            stage=removal.stage,
+            scale=context.scale,
+            keys=keys,
+            bias=bias,
+        )
+
+    def choose(self, q: Tensor, k: Tensor, keys: Tensor | None, context: Context) -> Tensor:
+        """Landmark indices, long `[b m]`: new ones, or those of an earlier layer of this pass.
+
+        Raises:
+            ValueError: more landmarks than tokens.
+        """
+        batch, _, num_tokens, _ = q.shape
+        if self.num_landmarks > num_tokens:
+            raise ValueError(
+                f"attn.num_landmarks={self.num_landmarks}: more landmarks than the "
+                f"{num_tokens} tokens of block {context.layer}."
+            )
+        # Landmarks taken before a mask was known may hold removed tokens: never reuse those.
+        slot = "landmarks" if keys is None else "landmarks among kept keys"
+        if slot in context.shared and (self.renew == 0 or context.nth % self.renew):
+            return context.shared[slot]
+        if self.source == "input":
+            points = context.x
+        elif self.source == "normed":
+            points = F.layer_norm(context.x, context.x.shape[-1:])
+        else:
+            points = (q if self.source == "q" else k).mean(1)
+        cls = q.new_zeros((batch, 1), dtype=torch.long)
+        context.shared[slot] = self.landmarks(
+            points,
+            self.num_landmarks,
+            guaranteed=cls if self.keep_cls and context.has_cls else cls[:, :0],
+            allowed=keys,
+            num_prefix_tokens=context.num_prefix_tokens,
+            grid=context.grid,
+        )
+        return context.shared[slot]
+
+    def _split(self, attn_mask: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The host's mask as (keys that may be attended to `[b n]`, bias of the logits)."""
+        if attn_mask is None:
+            return None, None
+        if attn_mask.ndim == 4 and attn_mask.shape[1] == attn_mask.shape[2] == 1:
+            keys = attn_mask[:, 0, 0]
+            keys = keys if keys.dtype == torch.bool else torch.isfinite(keys)
+            return keys.expand(q.shape[0], -1), None
+        if attn_mask.dtype == torch.bool:
+            raise NotImplementedError(
+                f"attn={self.name} cannot honour the host's attention mask of shape "
+                f"{tuple(attn_mask.shape)}: expected a padding mask [b 1 1 n] or a float bias."
+            )
+        return None, attn_mask

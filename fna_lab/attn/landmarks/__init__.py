@@ -1,0 +1,1 @@
+"""Landmark samplers: which tokens stand for all."""

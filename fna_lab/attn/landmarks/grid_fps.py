@@ -1,0 +1,67 @@
+"""Half a regular grid over the picture, half farthest points."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fna_lab import ops
+from fna_lab.attn.landmarks.base import LandmarkSampler
+
+
+class GridFarthestPointLandmarks(LandmarkSampler):
+    """A regular 2-D grid that covers the picture, filled up with farthest points.
+
+    The grid stands for what is common in the picture, the farthest points for what is rare.
+    Measured on DINOv2 ViT-S/14 at 1,370 tokens this keeps more than either half alone.
+
+    Args:
+        share: the part of the landmarks that the grid takes, 0 to 1.
+        sketch: dimensions of the random projection for the farthest points; None = no projection.
+
+    Raises:
+        ValueError: `share` lies outside 0 to 1.
+    """
+
+    def __init__(self, *, share: float = 0.5, sketch: int | None = None) -> None:
+        if not 0 <= share <= 1:
+            raise ValueError(f"attn.landmarks.share={share}: expected a number from 0 to 1.")
+        self.share = share
+        self.sketch = sketch
+
+    def __call__(
+        self,
+        points: Tensor,
+        num: int,
+        *,
+        guaranteed: Tensor,
+        allowed: Tensor | None,
+        num_prefix_tokens: int,
+        grid: tuple[int, int] | None,
+    ) -> Tensor:
+        """Guaranteed tokens, the grid, then farthest points: `[b n c]` -> long `[b m]`.
+
+        Raises:
+            ValueError: the host's patch grid is unknown.
+        """
+        if grid is None:
+            raise ValueError(
+                "attn/landmarks=grid_fps needs the patch grid, which this host does not show; "
+                "use attn/landmarks=fps."
+            )
+        cells = _cells(grid, min(int(self.share * num), num - guaranteed.shape[1]))
+        cells = torch.tensor(cells, device=points.device, dtype=torch.long) + num_prefix_tokens
+        first = torch.cat([guaranteed, cells.expand(points.shape[0], -1)], dim=1)
+        return ops.farthest_points(points, num, first=first, allowed=allowed, sketch=self.sketch)
+
+
+def _cells(grid: tuple[int, int], num: int) -> list[int]:
+    """At most `num` patch indices at the centres of a regular grid, in row order."""
+    rows, columns = grid
+    down = min(rows, round((num * rows / columns) ** 0.5))
+    across = min(columns, num // down) if down else 0
+    return [
+        int((i + 0.5) * rows / down) * columns + int((j + 0.5) * columns / across)
+        for i in range(down)
+        for j in range(across)
+    ]

@@ -1,0 +1,41 @@
+"""Random landmarks, the same places in every picture of a run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fna_lab.attn.landmarks.base import LandmarkSampler
+
+
+class RandomLandmarks(LandmarkSampler):
+    """Tokens drawn uniformly without replacement.
+
+    The draw depends on the seed and the number of tokens alone, never on the batch.
+
+    Args:
+        seed: seed of the draw.
+    """
+
+    def __init__(self, *, seed: int = 0) -> None:
+        self.seed = seed
+
+    def __call__(
+        self,
+        points: Tensor,
+        num: int,
+        *,
+        guaranteed: Tensor,
+        allowed: Tensor | None,
+        num_prefix_tokens: int,  # noqa: ARG002 (any token may be taken)
+        grid: tuple[int, int] | None,  # noqa: ARG002
+    ) -> Tensor:
+        """Guaranteed tokens, then random ones: `[b n c]` -> long `[b m]`."""
+        batch, num_tokens, _ = points.shape
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.rand(num_tokens, generator=generator).to(points.device)
+        order = order.expand(batch, -1)
+        if allowed is not None:
+            order = order.masked_fill(~allowed, -1)
+        order = order.scatter(1, guaranteed, 2.0)  # guaranteed tokens rank first
+        return order.topk(num, dim=1).indices

@@ -1,0 +1,1 @@
+"""Solvers: what stands for the inverse of the landmark kernel."""

@@ -1,0 +1,1 @@
+"""Mask strategies: which tokens, which pairs, before or after softmax."""

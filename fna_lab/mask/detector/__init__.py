@@ -1,0 +1,1 @@
+"""Detectors: hidden states or attention of one layer -> the set of tokens T."""
