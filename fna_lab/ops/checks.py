@@ -1,0 +1,59 @@
+"""Argument checks, shared by the public functions of this package."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_float(name: str, value: object, ndim: int, shape: str) -> None:
+    """Raise unless `value` is a floating tensor of `ndim` dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"Expected {name} to be a tensor {shape}, got {type(value).__name__}.")
+    if not value.is_floating_point():
+        raise TypeError(f"Expected {name} to be a floating tensor, got {value.dtype}.")
+    if value.ndim != ndim:
+        raise ValueError(f"Expected {name} to have shape {shape}, got {tuple(value.shape)}.")
+
+
+def check_bool(name: str, value: object, shape: tuple[int, ...]) -> None:
+    """Raise unless `value` is a bool tensor of exactly `shape`."""
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        came = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"Expected {name} to be a bool tensor, got {came}.")
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"Expected {name} to have shape {shape}, got {tuple(value.shape)}.")
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise unless q `[b h m d]`, k and v `[b h n d]` fit together."""
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        check_float(name, value, 4, "[b h n d]")
+    if k.shape[:3] != v.shape[:3] or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            "Expected q [b h m d], k [b h n d] and v [b h n d] to fit, got "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}."
+        )
+    check_same_device(q=q, k=k, v=v)
+
+
+def check_same_device(**tensors: Tensor) -> None:
+    """Raise unless all tensors lie on one device."""
+    devices = {name: str(tensor.device) for name, tensor in tensors.items()}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"Expected all arguments on one device, got {devices}.")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"Expected {name} to be one of {', '.join(choices)}, got {value!r}.")
+
+
+def check_index(name: str, value: object, shape: str) -> None:
+    """Raise unless `value` is a long tensor `[b m]`."""
+    if not isinstance(value, Tensor) or value.dtype != torch.long:
+        came = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"Expected {name} to be a long tensor {shape}, got {came}.")
+    if value.ndim != 2:
+        raise ValueError(f"Expected {name} to have shape {shape}, got {tuple(value.shape)}.")

@@ -1,0 +1,109 @@
+"""Nystroem attention on chosen landmark tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fna_lab.ops.checks import check_bool, check_choice, check_index, check_qkv
+from fna_lab.ops.solvers import newton_schulz, ridge_solve
+
+SOLVERS = ("newton_schulz", "ridge", "pinv")
+
+
+def nystrom_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    landmarks: Tensor,
+    *,
+    scale: float | None = None,
+    solver: str | Callable[[Tensor, Tensor], Tensor] = "newton_schulz",
+    iters: int = 6,
+    ridge: float = 1e-3,
+    keys: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Attention that is linear in n: softmax(s Q Kp') Z(A) softmax(s Qp K') V.
+
+    Qp and Kp are the rows of the landmarks, A = softmax(s Qp Kp'). A and Z(A) are taken in at
+    least float32, whatever the input and autocast say.
+
+    Args:
+        q: queries `[b h n d]`.
+        k: keys `[b h n d]`.
+        v: values `[b h n d]`.
+        landmarks: token indices, long `[b m]`.
+        scale: factor of the logits; None = d^-1/2.
+        solver: what stands for the inverse of A: `newton_schulz`, `ridge`, `pinv`, or a callable
+            (A `[b h m m]`, B `[b h m d]`) -> Z(A) B.
+        iters: iterations of `newton_schulz`.
+        ridge: regularisation of `ridge`.
+        keys: bool `[b n]`, True = may be attended to; None = all. Landmarks must be such keys.
+        bias: added to the logits, broadcastable to `[b h n n]`; None = nothing.
+
+    Returns:
+        `[b h n d]`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes do not fit, or the solver is unknown.
+
+    Source: Xiong et al. 2021 (Nystroemformer) with sampled landmarks, as in Fast Nystroem
+    Attention.
+    """
+    check_qkv(q, k, v)
+    check_index("landmarks", landmarks, "[b m]")
+    if landmarks.shape[0] != q.shape[0]:
+        raise ValueError(f"Expected landmarks [{q.shape[0]} m], got {tuple(landmarks.shape)}.")
+    if keys is not None:
+        check_bool("keys", keys, (q.shape[0], k.shape[2]))
+    if not callable(solver):
+        check_choice("solver", solver, SOLVERS)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    index = landmarks[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[-1])
+    q_marks, k_marks = q.gather(2, index), k.gather(2, index)
+
+    rows = columns = corner = None
+    if bias is not None:
+        full = bias.expand(*q.shape[:3], k.shape[2])
+        rows = full.gather(
+            2, landmarks[:, None, :, None].expand(-1, *full.shape[1:2], -1, full.shape[3])
+        )
+        columns = full.gather(3, landmarks[:, None, None, :].expand(-1, *full.shape[1:3], -1))
+        corner = columns.gather(
+            2, landmarks[:, None, :, None].expand(-1, full.shape[1], -1, landmarks.shape[1])
+        )
+    if keys is not None:
+        rows = (
+            keys[:, None, None]
+            if rows is None
+            else rows.masked_fill(~keys[:, None, None], -torch.inf)
+        )
+
+    gathered = F.scaled_dot_product_attention(q_marks, k, v, attn_mask=rows, scale=scale)
+    with torch.autocast(q.device.type, enabled=False):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        logits = scale * (q_marks.to(wide) @ k_marks.to(wide).mT)
+        kernel = (logits if corner is None else logits + corner).softmax(-1)
+        solved = _solve(kernel, gathered.to(wide), solver, iters, ridge).to(v.dtype)
+    return F.scaled_dot_product_attention(q, k_marks, solved, attn_mask=columns, scale=scale)
+
+
+def _solve(
+    kernel: Tensor,
+    values: Tensor,
+    solver: str | Callable[[Tensor, Tensor], Tensor],
+    iters: int,
+    ridge: float,
+) -> Tensor:
+    if callable(solver):
+        return solver(kernel, values)
+    if solver == "newton_schulz":
+        return newton_schulz(kernel, iters) @ values
+    if solver == "ridge":
+        return ridge_solve(kernel, values, ridge)
+    return torch.linalg.pinv(kernel) @ values

@@ -1,0 +1,68 @@
+"""What stands for the inverse of the landmark kernel A."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _square(kernel: Tensor) -> None:
+    if not isinstance(kernel, Tensor) or not kernel.is_floating_point():
+        raise TypeError("Expected kernel to be a floating tensor [... m m].")
+    if kernel.ndim < 2 or kernel.shape[-1] != kernel.shape[-2]:
+        raise ValueError(f"Expected kernel to have shape [... m m], got {tuple(kernel.shape)}.")
+
+
+def newton_schulz(kernel: Tensor, iters: int = 6) -> Tensor:
+    """Approximate inverse by a cubic iteration that regularises: more of it is not better.
+
+    Start A' / (largest column sum of each matrix), then
+    Z <- 1/4 Z (13 I - A Z (15 I - A Z (7 I - A Z))).
+
+    Args:
+        kernel: A `[... m m]`, rows sum to 1.
+        iters: number of iterations, at least 0.
+
+    Returns:
+        Z `[... m m]`.
+
+    Raises:
+        TypeError: `kernel` is not a floating tensor.
+        ValueError: `kernel` is not square, or `iters` is negative.
+
+    Source: Xiong et al. 2021 (Nystroemformer), equation 11, with the start taken per matrix.
+    """
+    _square(kernel)
+    if not isinstance(iters, int) or iters < 0:
+        raise ValueError(f"Expected iters to be an integer >= 0, got {iters!r}.")
+    eye = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
+    z = kernel.mT / kernel.sum(-2).amax(-1)[..., None, None]
+    for _ in range(iters):
+        az = kernel @ z
+        z = 0.25 * z @ (13 * eye - az @ (15 * eye - az @ (7 * eye - az)))
+    return z
+
+
+def ridge_solve(kernel: Tensor, values: Tensor, ridge: float = 1e-3) -> Tensor:
+    """Apply the ridge inverse without forming it: (A'A + ridge I)^-1 A' B.
+
+    Args:
+        kernel: A `[... m m]`.
+        values: B `[... m d]`.
+        ridge: regularisation lambda > 0, in the units of A squared.
+
+    Returns:
+        `[... m d]`.
+
+    Raises:
+        TypeError: `kernel` is not a floating tensor.
+        ValueError: `kernel` is not square, or `ridge` is not positive.
+    """
+    _square(kernel)
+    if not ridge > 0:
+        raise ValueError(f"Expected ridge to be > 0, got {ridge!r}.")
+    gram = kernel.mT @ kernel
+    gram = gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    # cholesky_ex does not synchronise with the host; the ridge keeps the matrix definite.
+    factor = torch.linalg.cholesky_ex(gram).L
+    return torch.cholesky_solve(kernel.mT @ values, factor)
