@@ -1,14 +1,58 @@
-"""Tensor functions: attention, Nystroem attention, inverses, farthest points."""
+"""Tensor functions: attention, Nystroem attention, farthest points, patterns, detectors, cost."""
 
 from fna_lab.ops.attention import attention
-from fna_lab.ops.nystrom import nystrom_attention
+from fna_lab.ops.cost import (
+    attention_flops,
+    break_even_tokens,
+    farthest_points_flops,
+    nystrom_flops,
+    subset_flops,
+)
+from fna_lab.ops.detectors import (
+    cls_proxy,
+    cls_row,
+    incoming,
+    norm_gap,
+    norm_ratio,
+    suppression,
+)
+from fna_lab.ops.nystrom import gather_tokens, nystrom_attention
+from fna_lab.ops.patterns import (
+    PATTERNS,
+    STAGES,
+    masked_attention,
+    removed_pairs,
+    restore_own_rows,
+    token_rows,
+)
 from fna_lab.ops.points import farthest_points
+from fna_lab.ops.retrieval import knn_probabilities, recall_at_k
 from fna_lab.ops.solvers import newton_schulz, ridge_solve
 
 __all__ = [
+    "PATTERNS",
+    "STAGES",
     "attention",
+    "attention_flops",
+    "break_even_tokens",
+    "cls_proxy",
+    "cls_row",
     "farthest_points",
+    "farthest_points_flops",
+    "gather_tokens",
+    "incoming",
+    "knn_probabilities",
+    "masked_attention",
     "newton_schulz",
+    "norm_gap",
+    "norm_ratio",
     "nystrom_attention",
+    "nystrom_flops",
+    "recall_at_k",
+    "removed_pairs",
+    "restore_own_rows",
     "ridge_solve",
+    "subset_flops",
+    "suppression",
+    "token_rows",
 ]

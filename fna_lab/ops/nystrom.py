@@ -64,25 +64,17 @@ def nystrom_attention(
     if not callable(solver):
         check_choice("solver", solver, SOLVERS)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    index = landmarks[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[-1])
-    q_marks, k_marks = q.gather(2, index), k.gather(2, index)
+    q_marks, k_marks = gather_tokens(q, landmarks), gather_tokens(k, landmarks)
 
     rows = columns = corner = None
     if bias is not None:
-        full = bias.expand(*q.shape[:3], k.shape[2])
-        rows = full.gather(
-            2, landmarks[:, None, :, None].expand(-1, *full.shape[1:2], -1, full.shape[3])
-        )
-        columns = full.gather(3, landmarks[:, None, None, :].expand(-1, *full.shape[1:3], -1))
-        corner = columns.gather(
-            2, landmarks[:, None, :, None].expand(-1, full.shape[1], -1, landmarks.shape[1])
-        )
+        bias = bias.expand(*q.shape[:3], k.shape[2])
+        rows = gather_tokens(bias, landmarks)  # [b h m n]
+        columns = gather_tokens(bias.mT, landmarks).mT  # [b h n m]
+        corner = gather_tokens(columns, landmarks)  # [b h m m]
     if keys is not None:
-        rows = (
-            keys[:, None, None]
-            if rows is None
-            else rows.masked_fill(~keys[:, None, None], -torch.inf)
-        )
+        seen = keys[:, None, None]
+        rows = seen if rows is None else rows.masked_fill(~seen, -torch.inf)
 
     gathered = F.scaled_dot_product_attention(q_marks, k, v, attn_mask=rows, scale=scale)
     with torch.autocast(q.device.type, enabled=False):
@@ -91,6 +83,11 @@ def nystrom_attention(
         kernel = (logits if corner is None else logits + corner).softmax(-1)
         solved = _solve(kernel, gathered.to(wide), solver, iters, ridge).to(v.dtype)
     return F.scaled_dot_product_attention(q, k_marks, solved, attn_mask=columns, scale=scale)
+
+
+def gather_tokens(x: Tensor, landmarks: Tensor) -> Tensor:
+    """Rows of the landmarks: `[b h n d]`, long `[b m]` -> `[b h m d]`."""
+    return x.gather(2, landmarks[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def _solve(

@@ -1,0 +1,83 @@
+"""FLOPs by formula; a multiply-add counts as two, softmax and copies are left out.
+
+Formulas, because the framework's counters see no fused attention on the CPU.
+"""
+
+from __future__ import annotations
+
+
+def attention_flops(tokens: int, heads: int, head_dim: int) -> int:
+    """Exact attention: the products q k' and (weights) v of one picture."""
+    _positive(tokens=tokens, heads=heads, head_dim=head_dim)
+    return 4 * heads * tokens * tokens * head_dim
+
+
+def subset_flops(tokens: int, heads: int, head_dim: int, landmarks: int) -> int:
+    """Landmark keys and values alone, for one picture."""
+    _positive(tokens=tokens, heads=heads, head_dim=head_dim, landmarks=landmarks)
+    return 4 * heads * tokens * landmarks * head_dim
+
+
+def nystrom_flops(
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    landmarks: int,
+    *,
+    solver: str = "newton_schulz",
+    iters: int = 6,
+) -> int:
+    """Nystroem attention of one picture: two thin attentions, the kernel and its solve."""
+    thin = 2 * subset_flops(tokens, heads, head_dim, landmarks)
+    kernel = 2 * heads * landmarks**2 * head_dim
+    cube = 2 * landmarks**3
+    solve = {
+        "newton_schulz": 4 * iters * cube + 2 * landmarks**2 * head_dim,
+        # A'A, Cholesky (m^3 / 3), A'B and two triangular solves.
+        "ridge": cube + landmarks**3 // 3 + 4 * landmarks**2 * head_dim,
+        # Singular values: about 20 m^3, then the two products that apply them.
+        "pinv": 20 * landmarks**3 + cube + 2 * landmarks**2 * head_dim,
+    }
+    if solver not in solve:
+        raise ValueError(f"Expected solver to be one of {', '.join(solve)}, got {solver!r}.")
+    return thin + kernel + heads * solve[solver]
+
+
+def farthest_points_flops(tokens: int, channels: int, landmarks: int) -> int:
+    """Farthest point sampling of one picture: a difference, a square and a sum a channel."""
+    _positive(tokens=tokens, channels=channels, landmarks=landmarks)
+    return 3 * tokens * channels * landmarks
+
+
+def break_even_tokens(heads: int, head_dim: int, landmarks: int, *, selection: int = 0) -> int:
+    """Fewest tokens at which ridge Nystroem attention needs fewer FLOPs than exact attention.
+
+    Args:
+        heads: number of heads.
+        head_dim: dimension of a head.
+        landmarks: number of landmarks m.
+        selection: channels that farthest point sampling looks at; 0 = selection left out.
+
+    Returns:
+        Number of tokens.
+    """
+
+    def cheaper(tokens: int) -> bool:
+        cost = nystrom_flops(tokens, heads, head_dim, landmarks, solver="ridge")
+        if selection:
+            cost += farthest_points_flops(tokens, selection, landmarks)
+        return cost < attention_flops(tokens, heads, head_dim)
+
+    low, high = 0, 1
+    while not cheaper(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if cheaper(middle) else (middle, high)
+    return high
+
+
+def _positive(**values: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"Expected {name} to be an integer >= 1, got {value!r}.")

@@ -1,0 +1,240 @@
+"""Which (query, key) pairs of a token set T are taken away, and attention without them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fna_lab.ops.checks import check_bool, check_choice, check_qkv
+
+PATTERNS = (
+    "type1",
+    "type2",
+    "t_to_x",
+    "t_to_t",
+    "others_to_t",
+    "t_self",
+    "t_to_others",
+    "x_self",
+    "x_to_x",
+)
+STAGES = ("mask", "sink")
+EMPTY_ROWS = ("t_to_x", "x_to_x")
+
+
+def removed_pairs(tokens: Tensor, pattern: str) -> Tensor:
+    """Which pairs a pattern takes away.
+
+    `type1`: every row x T. `type2`: the same, but each token of T still sees itself. `t_to_x`:
+    rows of T. `t_to_t`: T x T. `others_to_t`: rows outside T x T. `t_self`: T's own diagonal.
+    `t_to_others`: rows of T but their own diagonal. `x_self`: the whole diagonal. `x_to_x`: all.
+
+    Args:
+        tokens: T, bool `[b n]`.
+        pattern: one of `PATTERNS`.
+
+    Returns:
+        bool `[b n n]` (query, key), True = taken away.
+
+    Raises:
+        TypeError: `tokens` is not boolean.
+        ValueError: the pattern is unknown or `tokens` is not `[b n]`.
+    """
+    _check_tokens(tokens)
+    check_choice("pattern", pattern, PATTERNS)
+    rows, columns = tokens[:, :, None], tokens[:, None, :]
+    own = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)[None]
+    everything = torch.ones_like(own)
+    return {
+        "type1": lambda: columns & everything,
+        "type2": lambda: columns & ~own,
+        "t_to_x": lambda: rows & everything,
+        "t_to_t": lambda: rows & columns,
+        "others_to_t": lambda: ~rows & columns,
+        "t_self": lambda: rows & own,
+        "t_to_others": lambda: rows & ~own,
+        "x_self": lambda: own.expand(tokens.shape[0], -1, -1),
+        "x_to_x": lambda: everything.expand(tokens.shape[0], tokens.shape[1], -1),
+    }[pattern]()
+
+
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: Tensor,
+    *,
+    pattern: str,
+    stage: str,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    rows: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Exact attention without the pairs of a pattern.
+
+    `type1` and `type2` keep the fused kernel (see `restore_own_rows`); the other patterns, which
+    are for analysis, write the attention matrix out.
+
+    Args:
+        q: queries `[b h n d]`.
+        k: keys `[b h n d]`.
+        v: values `[b h n d]`.
+        tokens: T, bool `[b n]`, shared by the heads.
+        pattern: one of `PATTERNS`.
+        stage: `mask` = logits -inf before softmax, so that the other weights of a row grow;
+            `sink` = weights zero after softmax, so that their mass is lost.
+        scale: factor of the logits; None = d^-1/2.
+        bias: added to the logits, float, broadcastable to `[b h n n]`; None = nothing.
+        rows: `token_rows(tokens)`, where it is at hand already.
+
+    Returns:
+        `[b h n d]`. A row of which a `mask` leaves no key gives zeros.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes do not fit, a name is unknown, or the pattern empties whole rows by
+            construction (`t_to_x`, `x_to_x` with stage `mask`).
+    """
+    check_qkv(q, k, v)
+    check_bool("tokens", tokens, (q.shape[0], k.shape[2]))
+    check_choice("pattern", pattern, PATTERNS)
+    check_choice("stage", stage, STAGES)
+    if stage == "mask" and pattern in EMPTY_ROWS:
+        raise ValueError(
+            f"Expected stage 'sink' with pattern {pattern!r}, got 'mask', which leaves whole rows "
+            "without a key."
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if pattern not in ("type1", "type2"):
+        return _dense(q, k, v, removed_pairs(tokens, pattern), stage, scale, bias)
+    keys = None
+    if stage == "sink":
+        kept = v.masked_fill(tokens[:, None, :, None], 0)
+        out = F.scaled_dot_product_attention(q, k, kept, attn_mask=bias, scale=scale)
+    else:
+        keys = ~tokens
+        keep = keys[:, None, None]
+        mask = keep if bias is None else bias.masked_fill(~keep, -torch.inf)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        out = out.masked_fill(~keys.any(1)[:, None, None, None], 0)
+    if pattern == "type1":
+        return out
+    index, valid = token_rows(tokens) if rows is None else rows
+    return restore_own_rows(
+        out, q, k, v, index, valid, stage=stage, scale=scale, keys=keys, bias=bias
+    )
+
+
+def token_rows(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of T, padded to the largest set of the batch.
+
+    The one place that copies a number to the host: do it once a forward pass.
+
+    Args:
+        tokens: T, bool `[b n]`.
+
+    Returns:
+        Indices long `[b t]`, and bool `[b t]`, False where an index is padding.
+
+    Raises:
+        TypeError: `tokens` is not boolean.
+        ValueError: `tokens` is not `[b n]`.
+    """
+    _check_tokens(tokens)
+    largest = int(tokens.sum(1).max()) if tokens.shape[0] else 0
+    # Stable: the tokens of T in ascending order first, then padding.
+    order = (~tokens).int().sort(dim=1, stable=True).indices[:, :largest]
+    return order, tokens.gather(1, order)
+
+
+def restore_own_rows(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    valid: Tensor,
+    *,
+    stage: str,
+    scale: float,
+    keys: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Turn `type1` attention into `type2`: let each token of T see itself again.
+
+    Stage `mask` recomputes the few rows of T exactly over the kept keys and themselves; stage
+    `sink` adds to them their own diagonal weight times their own value. O(|T| n d).
+
+    Args:
+        out: attention under `type1` `[b h n d]`, exact or approximated.
+        q: queries `[b h n d]`.
+        k: keys `[b h n d]`.
+        v: values `[b h n d]`, none of them set to zero.
+        rows: indices of T, long `[b t]`.
+        valid: bool `[b t]`, False where `rows` is padding.
+        stage: `mask` or `sink`.
+        scale: factor of the logits.
+        keys: kept keys, bool `[b n]`; None = all.
+        bias: added to the logits, broadcastable to `[b h n n]`; None = nothing.
+
+    Returns:
+        `[b h n d]`.
+
+    Raises:
+        ValueError: the stage is unknown.
+    """
+    check_choice("stage", stage, STAGES)
+    if rows.shape[1] == 0:
+        return out
+    index = rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[-1])
+    own_q, own_v = q.gather(2, index), v.gather(2, index)
+    logits = scale * (own_q.float() @ k.float().mT) if _half(q) else scale * (own_q @ k.mT)
+    if bias is not None:
+        full = bias.expand(*q.shape[:3], k.shape[2])
+        logits = logits + full.gather(2, rows[:, None, :, None].expand_as(logits))
+    diagonal = rows[:, None, :, None].expand(-1, q.shape[1], -1, 1)
+    own = logits.gather(3, diagonal)
+    if keys is not None:
+        logits = logits.masked_fill(~keys[:, None, None], -torch.inf)
+    if stage == "mask":
+        weights = logits.scatter(3, diagonal, own).softmax(-1).to(v.dtype)
+        exact = weights @ v
+    else:
+        weight = (own - logits.logsumexp(-1, keepdim=True)).exp().to(v.dtype)
+        exact = out.gather(2, index) + weight * own_v
+    exact = torch.where(valid[:, None, :, None], exact, out.gather(2, index))
+    return out.scatter(2, index, exact)
+
+
+def _dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    removed: Tensor,
+    stage: str,
+    scale: float,
+    bias: Tensor | None,
+) -> Tensor:
+    logits = scale * (q @ k.mT)
+    if bias is not None:
+        logits = logits + bias
+    removed = removed[:, None]
+    if stage == "mask":
+        weights = logits.masked_fill(removed, -torch.inf).softmax(-1)
+        weights = weights.masked_fill(removed.all(-1, keepdim=True), 0)
+    else:
+        weights = logits.softmax(-1).masked_fill(removed, 0)
+    return weights @ v
+
+
+def _half(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.float16, torch.bfloat16)
+
+
+def _check_tokens(tokens: Tensor) -> None:
+    if not isinstance(tokens, Tensor) or tokens.dtype != torch.bool:
+        came = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(f"Expected tokens to be a bool tensor [b n], got {came}.")
+    if tokens.ndim != 2:
+        raise ValueError(f"Expected tokens to have shape [b n], got {tuple(tokens.shape)}.")
