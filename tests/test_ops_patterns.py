@@ -1,0 +1,133 @@
+"""Patterns and stages: published values, and the cheap forms against the written-out matrix."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fna_lab import ops
+from fna_lab.ops.patterns import _dense
+
+REFERENCE = np.load(Path(__file__).parent / "fixtures" / "reference.npz")
+
+
+def reference(name):
+    return torch.from_numpy(REFERENCE[name])
+
+
+def inputs():
+    return [reference(f"mask_{x}") for x in ("q", "k", "v", "tokens")]
+
+
+@pytest.mark.parametrize("pattern", ops.PATTERNS)
+def test_removed_pairs_gives_the_published_pairs(pattern):
+    found = ops.removed_pairs(reference("mask_tokens"), pattern)
+    assert torch.equal(found, reference(f"mask_{pattern}_removed"))
+
+
+@pytest.mark.parametrize("pattern", ops.PATTERNS)
+@pytest.mark.parametrize(("stage", "key"), [("mask", "pre_out"), ("sink", "post_out")])
+def test_masked_attention_gives_the_published_values(pattern, stage, key):
+    if stage == "mask" and pattern in ("t_to_x", "x_to_x"):
+        assert f"mask_{pattern}_{key}" not in REFERENCE
+        with pytest.raises(ValueError, match="whole rows"):
+            ops.masked_attention(*inputs(), pattern=pattern, stage=stage)
+        return
+    out = ops.masked_attention(*inputs(), pattern=pattern, stage=stage)
+    torch.testing.assert_close(out, reference(f"mask_{pattern}_{key}"), rtol=1e-6, atol=1e-9)
+
+
+def random_case(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(3, 2, 9, 4, generator=generator, dtype=dtype) for _ in range(3))
+    tokens = torch.zeros(3, 9, dtype=torch.bool)
+    tokens[0, [2, 5]] = True
+    tokens[1, 8] = True  # the third picture has none
+    return q, k, v, tokens
+
+
+@pytest.mark.parametrize("pattern", ["type1", "type2"])
+@pytest.mark.parametrize("stage", ops.STAGES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_cheap_forms_equal_the_written_out_matrix(pattern, stage, biased):
+    q, k, v, tokens = random_case()
+    bias = torch.randn(1, 2, 9, 9, dtype=torch.float64) if biased else None
+    out = ops.masked_attention(q, k, v, tokens, pattern=pattern, stage=stage, scale=0.3, bias=bias)
+    dense = _dense(q, k, v, ops.removed_pairs(tokens, pattern), stage, 0.3, bias)
+    torch.testing.assert_close(out, dense)
+    for i in range(3):
+        alone = ops.masked_attention(
+            *(x[i : i + 1] for x in (q, k, v, tokens)),
+            pattern=pattern,
+            stage=stage,
+            scale=0.3,
+            bias=bias,
+        )
+        torch.testing.assert_close(out[i : i + 1], alone)
+
+
+@pytest.mark.parametrize("pattern", ["type1", "type2"])
+@pytest.mark.parametrize("stage", ops.STAGES)
+def test_an_empty_set_changes_nothing(pattern, stage):
+    q, k, v, tokens = random_case()
+    out = ops.masked_attention(q, k, v, torch.zeros_like(tokens), pattern=pattern, stage=stage)
+    torch.testing.assert_close(out, ops.attention(q, k, v))
+
+
+@pytest.mark.parametrize("pattern", ["type1", "type2"])
+@pytest.mark.parametrize("stage", ops.STAGES)
+def test_the_cheap_forms_have_gradients(pattern, stage):
+    q, k, v, tokens = random_case()
+    args = [x.requires_grad_() for x in (q, k, v)]
+
+    def f(q, k, v):
+        return ops.masked_attention(q, k, v, tokens, pattern=pattern, stage=stage)
+
+    assert torch.autograd.gradcheck(f, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stage", ops.STAGES)
+def test_extreme_logits_stay_finite(dtype, stage):
+    q, k, v, tokens = random_case(torch.float32)
+    q, k, v = ((50 * x).to(dtype) for x in (q, k, v))
+    for pattern in ("type1", "type2"):
+        out = ops.masked_attention(q, k, v, tokens, pattern=pattern, stage=stage)
+        assert out.dtype == dtype and torch.isfinite(out).all()
+
+
+def test_a_row_without_a_key_gives_zeros():
+    q, k, v, tokens = random_case()
+    everything = torch.ones_like(tokens)
+    out = ops.masked_attention(q, k, v, everything, pattern="type1", stage="mask")
+    assert (out == 0).all()
+    keep = torch.ones(3, 9, 9, dtype=torch.bool)
+    keep[:, 4] = False
+    out = ops.attention(q, k, v, keep=keep)
+    assert (out[:, :, 4] == 0).all() and (out[:, :, 3] != 0).any()
+
+
+def test_keep_takes_the_three_shapes():
+    q, k, v, tokens = random_case()
+    keep = ~tokens
+    full = keep[:, None].expand(-1, 9, -1)
+    expected = ops.attention(q, k, v, keep=full)
+    assert torch.equal(expected, ops.attention(q, k, v, keep=full[:, None]))
+    torch.testing.assert_close(expected, ops.attention(q, k, v, keep=keep[:, None, None]))
+
+
+def test_wrong_arguments_are_named():
+    q, k, v, tokens = random_case()
+    with pytest.raises(ValueError, match="pattern to be one of .*got 'type3'"):
+        ops.removed_pairs(tokens, "type3")
+    with pytest.raises(TypeError, match="tokens to be a bool tensor"):
+        ops.removed_pairs(tokens.long(), "type1")
+    with pytest.raises(ValueError, match="stage to be one of mask, sink, got 'pre'"):
+        ops.masked_attention(q, k, v, tokens, pattern="type1", stage="pre")
+    with pytest.raises(TypeError, match="keep to be a bool tensor"):
+        ops.attention(q, k, v, keep=tokens[:, None].float())
+    with pytest.raises(ValueError, match="keep to broadcast"):
+        ops.attention(q, k, v, keep=tokens[:, None, :5])
+    with pytest.raises(ValueError, match="to fit, got"):
+        ops.attention(q, k[:, :1], v)
