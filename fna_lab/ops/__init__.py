@@ -16,7 +16,7 @@ from fna_lab.ops.detectors import (
     norm_ratio,
     suppression,
 )
-from fna_lab.ops.nystrom import gather_tokens, nystrom_attention
+from fna_lab.ops.nystrom import gather_tokens, nystrom_attention, subset_attention
 from fna_lab.ops.patterns import (
     PATTERNS,
     STAGES,
@@ -52,6 +52,7 @@ __all__ = [
     "removed_pairs",
     "restore_own_rows",
     "ridge_solve",
+    "subset_attention",
     "subset_flops",
     "suppression",
     "token_rows",

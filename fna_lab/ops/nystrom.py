@@ -85,6 +85,40 @@ def nystrom_attention(
     return F.scaled_dot_product_attention(q, k_marks, solved, attn_mask=columns, scale=scale)
 
 
+def subset_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    landmarks: Tensor,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Attention to the landmarks alone: softmax(s Q Kp') Vp.
+
+    Args:
+        q: queries `[b h n d]`.
+        k: keys `[b h n d]`.
+        v: values `[b h n d]`.
+        landmarks: token indices, long `[b m]`.
+        scale: factor of the logits; None = d^-1/2.
+        bias: added to the logits, broadcastable to `[b h n n]`; None = nothing.
+
+    Returns:
+        `[b h n d]`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes do not fit.
+    """
+    check_qkv(q, k, v)
+    check_index("landmarks", landmarks, "[b m]")
+    if bias is not None:
+        bias = gather_tokens(bias.expand(*q.shape[:3], k.shape[2]).mT, landmarks).mT
+    k, v = gather_tokens(k, landmarks), gather_tokens(v, landmarks)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
 def gather_tokens(x: Tensor, landmarks: Tensor) -> Tensor:
     """Rows of the landmarks: `[b h n d]`, long `[b m]` -> `[b h m d]`."""
     return x.gather(2, landmarks[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

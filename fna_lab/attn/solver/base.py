@@ -8,7 +8,13 @@ from torch import Tensor
 
 
 class Solver(ABC):
-    """Applies something like the inverse of the landmark kernel."""
+    """Applies something like the inverse of the landmark kernel.
+
+    Attributes:
+        formula: the name under which `ops.nystrom_flops` knows its cost.
+    """
+
+    formula: str
 
     @abstractmethod
     def __call__(self, kernel: Tensor, values: Tensor) -> Tensor:

@@ -1,0 +1,67 @@
+"""Fast Nystroem Attention with the parts that measure best."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fna_lab import ops
+from fna_lab.attn.base import LandmarkAttention
+from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
+from fna_lab.attn.solver.base import Solver
+from fna_lab.attn.solver.ridge import RidgeSolver
+
+
+class FastNystromAttention(LandmarkAttention):
+    """Nystroem attention on sampled landmarks, linear in the number of tokens, untrained.
+
+    out = softmax(s Q Kp') Z(A) softmax(s Qp K') V with A = softmax(s Qp Kp').
+
+    Args:
+        num_landmarks: landmarks m of each picture, CLS included.
+        landmarks: the sampler; None = half a grid, half farthest points.
+        solver: what stands for the inverse of A; None = ridge.
+        source: what is sampled; see `LandmarkAttention`.
+        renew: take landmarks anew every so many layers, 0 = never.
+        keep_cls: make CLS the first landmark.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_landmarks: int = 64,
+        landmarks: LandmarkSampler | None = None,
+        solver: Solver | None = None,
+        source: str = "normed",
+        renew: int = 1,
+        keep_cls: bool = True,
+    ) -> None:
+        super().__init__(
+            landmarks=landmarks or GridFarthestPointLandmarks(),
+            num_landmarks=num_landmarks,
+            source=source,
+            renew=renew,
+            keep_cls=keep_cls,
+        )
+        self.solver = solver or RidgeSolver()
+
+    def approximate(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        landmarks: Tensor,
+        *,
+        scale: float,
+        keys: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """See `ops.nystrom_attention`."""
+        return ops.nystrom_attention(
+            q, k, v, landmarks, scale=scale, solver=self.solver, keys=keys, bias=bias
+        )
+
+    def flops(self, tokens: int, heads: int, head_dim: int) -> int:
+        """FLOPs of the attention of one picture at one layer, without selection."""
+        solver = self.solver.formula
+        return ops.nystrom_flops(tokens, heads, head_dim, self.num_landmarks, solver=solver)

@@ -1,0 +1,30 @@
+"""The published cubic iteration."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fna_lab import ops
+from fna_lab.attn.solver.base import Solver
+
+
+class NewtonSchulzSolver(Solver):
+    """A few steps of a cubic iteration, which regularise: more of them is not better.
+
+    Args:
+        iters: number of steps.
+
+    Raises:
+        ValueError: `iters` is negative.
+    """
+
+    formula = "newton_schulz"
+
+    def __init__(self, *, iters: int = 6) -> None:
+        if not isinstance(iters, int) or iters < 0:
+            raise ValueError(f"attn.solver.iters={iters!r}: expected an integer >= 0.")
+        self.iters = iters
+
+    def __call__(self, kernel: Tensor, values: Tensor) -> Tensor:
+        """Z(A) B: `[b h m m]`, `[b h m d]` -> `[b h m d]`."""
+        return ops.newton_schulz(kernel, self.iters) @ values

@@ -1,0 +1,18 @@
+"""The Moore-Penrose inverse, by singular values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fna_lab.attn.solver.base import Solver
+
+
+class PinvSolver(Solver):
+    """Exact up to rounding, and therefore no good in float32 on an ill-conditioned kernel."""
+
+    formula = "pinv"
+
+    def __call__(self, kernel: Tensor, values: Tensor) -> Tensor:
+        """Z(A) B: `[b h m m]`, `[b h m d]` -> `[b h m d]`."""
+        return torch.linalg.pinv(kernel) @ values

@@ -1,0 +1,30 @@
+"""The ridge inverse (A'A + lambda I)^-1 A'."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fna_lab import ops
+from fna_lab.attn.solver.base import Solver
+
+
+class RidgeSolver(Solver):
+    """Least squares with a penalty, solved against the values: one Cholesky factor a head.
+
+    Args:
+        ridge: the penalty lambda.
+
+    Raises:
+        ValueError: `ridge` is not positive.
+    """
+
+    formula = "ridge"
+
+    def __init__(self, *, ridge: float = 1e-3) -> None:
+        if not ridge > 0:
+            raise ValueError(f"attn.solver.ridge={ridge}: expected a number > 0.")
+        self.ridge = ridge
+
+    def __call__(self, kernel: Tensor, values: Tensor) -> Tensor:
+        """Z(A) B: `[b h m m]`, `[b h m d]` -> `[b h m d]`."""
+        return ops.ridge_solve(kernel, values, self.ridge)

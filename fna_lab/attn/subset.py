@@ -1,0 +1,57 @@
+"""Landmark keys and values only: what is left of Nystroem attention without its kernel."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fna_lab import ops
+from fna_lab.attn.base import LandmarkAttention
+from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
+
+
+class SubsetAttention(LandmarkAttention):
+    """Every query attends to the landmarks and to nothing else: softmax(s Q Kp') Vp.
+
+    Args:
+        num_landmarks: landmarks m of each picture, CLS included.
+        landmarks: the sampler; None = half a grid, half farthest points.
+        source: what is sampled; see `LandmarkAttention`.
+        renew: take landmarks anew every so many layers, 0 = never.
+        keep_cls: make CLS the first landmark.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_landmarks: int = 64,
+        landmarks: LandmarkSampler | None = None,
+        source: str = "normed",
+        renew: int = 1,
+        keep_cls: bool = True,
+    ) -> None:
+        super().__init__(
+            landmarks=landmarks or GridFarthestPointLandmarks(),
+            num_landmarks=num_landmarks,
+            source=source,
+            renew=renew,
+            keep_cls=keep_cls,
+        )
+
+    def approximate(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        landmarks: Tensor,
+        *,
+        scale: float,
+        keys: Tensor | None,  # noqa: ARG002 (landmarks are taken among the kept keys)
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Exact attention over the landmark keys and values."""
+        return ops.subset_attention(q, k, v, landmarks, scale=scale, bias=bias)
+
+    def flops(self, tokens: int, heads: int, head_dim: int) -> int:
+        """FLOPs of the attention of one picture at one layer, without selection."""
+        return ops.subset_flops(tokens, heads, head_dim, self.num_landmarks)
