@@ -46,11 +46,12 @@ class SubsetAttention(LandmarkAttention):
         landmarks: Tensor,
         *,
         scale: float,
-        keys: Tensor | None,  # noqa: ARG002 (landmarks are taken among the kept keys)
+        keys: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        """Exact attention over the landmark keys and values."""
-        return ops.subset_attention(q, k, v, landmarks, scale=scale, bias=bias)
+        """Exact attention over the landmark keys and values, which are kept keys all."""
+        distinct = keys is None
+        return ops.subset_attention(q, k, v, landmarks, scale=scale, bias=bias, distinct=distinct)
 
     def flops(self, tokens: int, heads: int, head_dim: int) -> int:
         """FLOPs of the attention of one picture at one layer, without selection."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -72,16 +73,25 @@ def nystrom_attention(
         rows = gather_tokens(bias, landmarks)  # [b h m n]
         columns = gather_tokens(bias.mT, landmarks).mT  # [b h n m]
         corner = gather_tokens(columns, landmarks)  # [b h m m]
+    repeated = None
     if keys is not None:
-        seen = keys[:, None, None]
-        rows = seen if rows is None else rows.masked_fill(~seen, -torch.inf)
+        rows = _only(keys, rows)
+        # Fewer kept keys than landmarks: the repeats must neither weigh twice nor make A singular.
+        repeated = _repeated(landmarks)
+        columns = _only(~repeated, columns)
 
     gathered = F.scaled_dot_product_attention(q_marks, k, v, attn_mask=rows, scale=scale)
-    with torch.autocast(q.device.type, enabled=False):
+    with _full_precision(q):
         wide = torch.promote_types(q.dtype, torch.float32)
         logits = scale * (q_marks.to(wide) @ k_marks.to(wide).mT)
-        kernel = (logits if corner is None else logits + corner).softmax(-1)
-        solved = _solve(kernel, gathered.to(wide), solver, iters, ridge).to(v.dtype)
+        logits = logits if corner is None else logits + corner
+        gathered = gathered.to(wide)
+        if repeated is not None:
+            logits = logits.masked_fill(repeated[:, None, None], -torch.inf)
+            alone = torch.full_like(logits[0, 0], -torch.inf).fill_diagonal_(0)
+            logits = torch.where(repeated[:, None, :, None], alone, logits)
+            gathered = gathered.masked_fill(repeated[:, None, :, None], 0)
+        solved = _solve(logits.softmax(-1), gathered, solver, iters, ridge).to(v.dtype)
     return F.scaled_dot_product_attention(q, k_marks, solved, attn_mask=columns, scale=scale)
 
 
@@ -93,6 +103,7 @@ def subset_attention(
     *,
     scale: float | None = None,
     bias: Tensor | None = None,
+    distinct: bool = True,
 ) -> Tensor:
     """Attention to the landmarks alone: softmax(s Q Kp') Vp.
 
@@ -103,6 +114,7 @@ def subset_attention(
         landmarks: token indices, long `[b m]`.
         scale: factor of the logits; None = d^-1/2.
         bias: added to the logits, broadcastable to `[b h n n]`; None = nothing.
+        distinct: False where landmarks may repeat; a repeat then does not weigh twice.
 
     Returns:
         `[b h n d]`.
@@ -115,6 +127,8 @@ def subset_attention(
     check_index("landmarks", landmarks, "[b m]")
     if bias is not None:
         bias = gather_tokens(bias.expand(*q.shape[:3], k.shape[2]).mT, landmarks).mT
+    if not distinct:
+        bias = _only(~_repeated(landmarks), bias)
     k, v = gather_tokens(k, landmarks), gather_tokens(v, landmarks)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
@@ -122,6 +136,25 @@ def subset_attention(
 def gather_tokens(x: Tensor, landmarks: Tensor) -> Tensor:
     """Rows of the landmarks: `[b h n d]`, long `[b m]` -> `[b h m d]`."""
     return x.gather(2, landmarks[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def _repeated(landmarks: Tensor) -> Tensor:
+    """Which landmarks stand in the list before: long `[b m]` -> bool `[b m]`."""
+    same = landmarks[:, :, None] == landmarks[:, None, :]
+    return same.tril(-1).any(2)
+
+
+def _only(keys: Tensor, bias: Tensor | None) -> Tensor:
+    """An `attn_mask` that leaves only keys bool `[b n]`, on top of a bias."""
+    keep = keys[:, None, None]
+    return keep if bias is None else bias.masked_fill(~keep, -torch.inf)
+
+
+def _full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Switches autocast off where the device has it."""
+    if not torch.amp.is_autocast_available(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _solve(

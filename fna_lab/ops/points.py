@@ -25,9 +25,9 @@ def farthest_points(
         points: `[b n c]`.
         num: how many to take, the given ones included, 1 to n.
         start: the first point of each set, long `[b]`; None = the first allowed point.
-        first: several points that are taken already, long `[b g]`; instead of `start`.
-        allowed: bool `[b n]`, False = never taken; where fewer than `num` points are allowed,
-            the pick repeats.
+        first: several points to take first, long `[b g]`; instead of `start`.
+        allowed: bool `[b n]`, False = never taken: such a point of `first` gives way to a
+            farthest one. Where fewer than `num` points are allowed, picks repeat.
         sketch: project the points to so many random dimensions first (seed 0), which costs
             less and keeps distances on average; None = as they are.
 
@@ -73,13 +73,17 @@ def farthest_points(
 def _sample(points: Tensor, num: int, first: Tensor, allowed: Tensor | None) -> Tensor:
     batch, _, channels = points.shape
     picks = first.new_empty((batch, num))
-    picks[:, : first.shape[1]] = first
     distance: Tensor | None = None
     for i in range(num):
-        if i >= first.shape[1]:
-            assert distance is not None
-            picks[:, i] = distance.argmax(1)
-        current = picks[:, i, None, None].expand(-1, 1, channels)
+        given = first[:, i] if i < first.shape[1] else None
+        if given is None or allowed is not None:
+            farthest = (allowed.int() if distance is None else distance).argmax(1)  # pyright: ignore
+            if given is None:
+                given = farthest
+            else:
+                given = torch.where(allowed.gather(1, given[:, None])[:, 0], given, farthest)  # pyright: ignore
+        picks[:, i] = given
+        current = given[:, None, None].expand(-1, 1, channels)
         # Direct differences: equal points are at distance 0 exactly, so that ties are ties.
         near = (points - points.gather(1, current)).square_().sum(-1)
         if distance is None:
