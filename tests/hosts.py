@@ -55,13 +55,15 @@ def _open_clip() -> nn.Module:
 def _open_clip_timm() -> nn.Module:
     from open_clip.model import CustomTextCLIP
 
-    return CustomTextCLIP(
-        192,
+    model = CustomTextCLIP(
+        32,
         vision_cfg=dict(
-            timm_model_name="vit_tiny_patch16_224", timm_pool="", timm_proj="", image_size=80
+            timm_model_name="vit_tiny_patch16_224", timm_pool="token", timm_proj="linear"
         ),
         text_cfg=dict(context_length=8, vocab_size=50, width=32, heads=2, layers=2),
     )
+    model.visual.set_input_size(80)
+    return model
 
 
 def _hf_clip() -> nn.Module:

@@ -86,8 +86,10 @@ def _sample(points: Tensor, num: int, first: Tensor, allowed: Tensor | None) -> 
         current = given[:, None, None].expand(-1, 1, channels)
         # Direct differences: equal points are at distance 0 exactly, so that ties are ties.
         near = (points - points.gather(1, current)).square_().sum(-1)
+        # Taken points rank below their twins and above what is not allowed: no needless repeats.
+        near.scatter_(1, given[:, None], -0.5)
         if distance is None:
-            distance = near if allowed is None else near.masked_fill_(~allowed, -1)
+            distance = near if allowed is None else near.masked_fill_(~allowed, -1.0)
         else:
             torch.minimum(distance, near, out=distance)
     return picks
