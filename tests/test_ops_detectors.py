@@ -103,9 +103,18 @@ def test_knn_agrees_with_scikit_learn():
 def test_flops_grow_as_the_formulas_say():
     assert ops.attention_flops(2000, 6, 64) == 4 * ops.attention_flops(1000, 6, 64)
     assert ops.subset_flops(1000, 6, 64, 1000) == ops.attention_flops(1000, 6, 64)
-    n = ops.break_even_tokens(6, 64, 64)
-    assert ops.nystrom_flops(n, 6, 64, 64, solver="ridge") < ops.attention_flops(n, 6, 64)
-    assert ops.nystrom_flops(n - 1, 6, 64, 64, solver="ridge") >= ops.attention_flops(n - 1, 6, 64)
+
+
+def test_break_even_is_where_the_curves_cross():
+    def nystrom(n):
+        return ops.nystrom_flops(n, 6, 64, 64, solver="ridge")
+
+    def exact(n):
+        return ops.attention_flops(n, 6, 64)
+
+    n = ops.break_even_tokens(nystrom, exact, least=64)
+    assert nystrom(n) < exact(n) and nystrom(n - 1) >= exact(n - 1)
+    assert ops.break_even_tokens(exact, exact) is None
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fna_lab import ops
 from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.attn.stopwatch import Stopwatch
 
 SOURCES = ("input", "normed", "q", "k")
 
@@ -50,6 +51,7 @@ class Context:
         attn_mask: the host's own mask or bias, as SDPA takes it.
         removal: what the mask strategy takes away at this layer.
         shared: what earlier layers of the same forward pass left for later ones.
+        stopwatch: notes the time of parts, None where nobody measures.
     """
 
     layer: int
@@ -62,6 +64,7 @@ class Context:
     attn_mask: Tensor | None = None
     removal: Removal | None = None
     shared: dict[str, Tensor] = field(default_factory=dict)
+    stopwatch: Stopwatch | None = None
 
     @property
     def removed(self) -> Tensor | None:
@@ -88,6 +91,11 @@ class AttentionVariant(ABC):
     def name(self) -> str:
         """The variant's name in `conf/attn`: that of its file."""
         return type(self).__module__.rsplit(".", 1)[-1]
+
+    def flops(self, tokens: int, *, heads: int, head_dim: int, channels: int, layers: int) -> int:
+        """FLOPs of the attention of one picture over so many layers, selection included."""
+        del channels
+        return layers * ops.attention_flops(tokens, heads, head_dim)
 
     def check(self, pattern: str) -> None:
         """Refuse, before any data is read, a mask pattern that the variant cannot honour.
@@ -194,6 +202,17 @@ class LandmarkAttention(AttentionVariant):
             bias=bias,
         )
 
+    @abstractmethod
+    def layer_flops(self, tokens: int, heads: int, head_dim: int) -> int:
+        """FLOPs of the attention of one picture at one layer, without selection."""
+
+    def flops(self, tokens: int, *, heads: int, head_dim: int, channels: int, layers: int) -> int:
+        """FLOPs of the attention of one picture over so many layers, selection included."""
+        renewals = -(-layers // self.renew) if self.renew else 1
+        width = channels if self.source in ("input", "normed") else head_dim
+        selection = self.landmarks.flops(tokens, width, self.num_landmarks)
+        return layers * self.layer_flops(tokens, heads, head_dim) + renewals * selection
+
     def choose(self, q: Tensor, k: Tensor, keys: Tensor | None, context: Context) -> Tensor:
         """Landmark indices, long `[b m]`: new ones, or those of an earlier layer of this pass.
 
@@ -217,6 +236,7 @@ class LandmarkAttention(AttentionVariant):
         else:
             points = (q if self.source == "q" else k).mean(1)
         cls = q.new_zeros((batch, 1), dtype=torch.long)
+        begin = context.stopwatch.now() if context.stopwatch else 0.0
         context.shared[slot] = self.landmarks(
             points,
             self.num_landmarks,
@@ -225,6 +245,8 @@ class LandmarkAttention(AttentionVariant):
             num_prefix_tokens=context.num_prefix_tokens,
             grid=context.grid,
         )
+        if context.stopwatch:
+            context.stopwatch.note("selection", begin)
         return context.shared[slot]
 
     def _split(self, attn_mask: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:

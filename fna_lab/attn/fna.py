@@ -61,7 +61,7 @@ class FastNystromAttention(LandmarkAttention):
             q, k, v, landmarks, scale=scale, solver=self.solver, keys=keys, bias=bias
         )
 
-    def flops(self, tokens: int, heads: int, head_dim: int) -> int:
+    def layer_flops(self, tokens: int, heads: int, head_dim: int) -> int:
         """FLOPs of the attention of one picture at one layer, without selection."""
         solver = self.solver.formula
         return ops.nystrom_flops(tokens, heads, head_dim, self.num_landmarks, solver=solver)

@@ -53,6 +53,6 @@ class SubsetAttention(LandmarkAttention):
         distinct = keys is None
         return ops.subset_attention(q, k, v, landmarks, scale=scale, bias=bias, distinct=distinct)
 
-    def flops(self, tokens: int, heads: int, head_dim: int) -> int:
+    def layer_flops(self, tokens: int, heads: int, head_dim: int) -> int:
         """FLOPs of the attention of one picture at one layer, without selection."""
         return ops.subset_flops(tokens, heads, head_dim, self.num_landmarks)

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from fna_lab import ops
 from fna_lab.attn.base import AttentionVariant, Context, Removal
 from fna_lab.attn.layers import parse_layers
+from fna_lab.attn.stopwatch import Stopwatch
 from fna_lab.backbone.blocks import find_blocks, find_patch_embedding, says_cls, says_prefix
 from fna_lab.backbone.seam import AttentionSeam, EnterSeam, LeaveSeam
 from fna_lab.mask.base import Mask
@@ -110,6 +111,7 @@ class Patch:
         attn_layers: blocks whose attention is replaced.
         mask_layers: blocks whose attention is masked.
         detect: block at which tokens are detected, None without a mask.
+        stopwatch: notes the time of attention and selection, None where nobody measures.
         enabled: False while the model runs as it came.
         pictures: pictures seen by the detector so far.
         tokens: T of the last forward pass, bool `[b n]`, None before the first.
@@ -134,6 +136,7 @@ class Patch:
         self.mask_layers = mask_layers
         self.detect = detect
         self.enabled = True
+        self.stopwatch: Stopwatch | None = None
         self.pictures = 0
         self.tokens: Tensor | None = None
         self._found: list[Tensor] = []
@@ -251,8 +254,14 @@ class Patch:
             attn_mask=attn_mask,
             removal=self._removal(layer),
             shared=self._pass.shared,
+            stopwatch=self.stopwatch,
         )
-        return variant(q, k, v, context)
+        if self.stopwatch is None:
+            return variant(q, k, v, context)
+        begin = self.stopwatch.now()
+        out = variant(q, k, v, context)
+        self.stopwatch.note("attention", begin)
+        return out
 
     def _detect_from_cls(self, q: Tensor, k: Tensor, scale: float, x: Tensor) -> Tensor:
         prefix = self._prefix(x)

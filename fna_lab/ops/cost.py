@@ -5,6 +5,8 @@ Formulas, because the framework's counters see no fused attention on the CPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 def attention_flops(tokens: int, heads: int, head_dim: int) -> int:
     """Exact attention: the products q k' and (weights) v of one picture."""
@@ -49,31 +51,27 @@ def farthest_points_flops(tokens: int, channels: int, landmarks: int) -> int:
     return 3 * tokens * channels * landmarks
 
 
-def break_even_tokens(heads: int, head_dim: int, landmarks: int, *, selection: int = 0) -> int:
-    """Fewest tokens at which ridge Nystroem attention needs fewer FLOPs than exact attention.
+def break_even_tokens(
+    variant: Callable[[int], int], exact: Callable[[int], int], *, least: int = 1
+) -> int | None:
+    """Fewest tokens from which on a linear variant needs fewer FLOPs than exact attention.
 
     Args:
-        heads: number of heads.
-        head_dim: dimension of a head.
-        landmarks: number of landmarks m.
-        selection: channels that farthest point sampling looks at; 0 = selection left out.
+        variant: number of tokens -> FLOPs of the variant, selection included.
+        exact: the same of exact attention, growing faster.
+        least: fewest tokens that the variant works on.
 
     Returns:
-        Number of tokens.
+        Number of tokens; None where the variant is not cheaper at a million either.
     """
-
-    def cheaper(tokens: int) -> bool:
-        cost = nystrom_flops(tokens, heads, head_dim, landmarks, solver="ridge")
-        if selection:
-            cost += farthest_points_flops(tokens, selection, landmarks)
-        return cost < attention_flops(tokens, heads, head_dim)
-
-    low, high = 0, 1
-    while not cheaper(high):
+    low, high = least - 1, least
+    while variant(high) >= exact(high):
         low, high = high, 2 * high
+        if low > 1_000_000:
+            return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if cheaper(middle) else (middle, high)
+        low, high = (low, middle) if variant(middle) < exact(middle) else (middle, high)
     return high
 
 

@@ -34,3 +34,7 @@ class LandmarkSampler(ABC):
         Returns:
             Token indices, long `[b m]`.
         """
+
+    def flops(self, tokens: int, channels: int, num: int) -> int:  # noqa: ARG002
+        """FLOPs of choosing `num` of `tokens` points with so many channels, for one picture."""
+        return 0

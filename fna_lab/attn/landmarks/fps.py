@@ -32,3 +32,7 @@ class FarthestPointLandmarks(LandmarkSampler):
         return ops.farthest_points(
             points, num, first=guaranteed, allowed=allowed, sketch=self.sketch
         )
+
+    def flops(self, tokens: int, channels: int, num: int) -> int:
+        """FLOPs of the farthest points of one picture."""
+        return ops.farthest_points_flops(tokens, min(channels, self.sketch or channels), num)

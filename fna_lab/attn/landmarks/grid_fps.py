@@ -54,6 +54,10 @@ class GridFarthestPointLandmarks(LandmarkSampler):
         first = torch.cat([guaranteed, cells.expand(points.shape[0], -1)], dim=1)
         return ops.farthest_points(points, num, first=first, allowed=allowed, sketch=self.sketch)
 
+    def flops(self, tokens: int, channels: int, num: int) -> int:
+        """FLOPs of the farthest points of one picture."""
+        return ops.farthest_points_flops(tokens, min(channels, self.sketch or channels), num)
+
 
 def _cells(grid: tuple[int, int], num: int) -> list[int]:
     """At most `num` patch indices at the centres of a regular grid, in row order."""

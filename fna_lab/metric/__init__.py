@@ -1,0 +1,1 @@
+"""Measurements: thin torchmetrics shells over `ops`, and cost."""

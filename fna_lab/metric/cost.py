@@ -1,0 +1,131 @@
+"""What a patch costs and saves: latency and its parts, peak memory, FLOPs, break-even."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from fna_lab import ops
+from fna_lab.attn.base import AttentionVariant
+from fna_lab.attn.stopwatch import Stopwatch
+
+
+class Timed(Protocol):
+    """What a patch shows to the clock."""
+
+    stopwatch: Stopwatch | None
+
+
+@torch.no_grad()
+def latency(
+    runs: dict[str, tuple[Callable[[], object], Timed | None]],
+    device: torch.device,
+    *,
+    seconds: float = 4.0,
+    rounds: int = 15,
+) -> dict[str, dict[str, float]]:
+    """Median seconds of several runs, interleaved so that a noisy machine treats them alike.
+
+    Args:
+        runs: name -> (what to run, the patch that it runs under or None).
+        device: the device to wait for.
+        seconds: stop after about so long, but not before three rounds.
+        rounds: most rounds.
+
+    Returns:
+        name -> `total`, and for a patch `attention` (without selection), `selection`, `rest`,
+        and `rounds`.
+    """
+    for run, _ in runs.values():  # warm-up: caches, kernel choice
+        run()
+    noted: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+    begin = time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - begin > seconds:
+            break
+        for name, (run, patch) in runs.items():
+            watch = Stopwatch(device)
+            start = watch.now()
+            if patch is not None:
+                patch.stopwatch = watch
+            try:
+                run()
+            finally:
+                if patch is not None:
+                    patch.stopwatch = None
+            total = watch.now() - start
+            parts = {"total": total}
+            if patch is not None:
+                selection = watch.seconds["selection"]
+                attention = watch.seconds["attention"] - selection
+                rest = total - attention - selection
+                parts |= {"selection": selection, "attention": attention, "rest": rest}
+            noted[name].append(parts)
+    return {
+        name: {part: statistics.median(row[part] for row in rows) for part in rows[0]}
+        | {"rounds": len(rows)}
+        for name, rows in noted.items()
+    }
+
+
+@torch.no_grad()
+def peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a run takes on top of what was taken before, at its peak.
+
+    On CUDA the allocator says it. On the CPU the profiler's record of every allocation and
+    release is added up.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    held = peak = 0
+    for event in events:
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def flops(
+    attn: AttentionVariant, *, tokens: int, heads: int, embed_dim: int, layers: int
+) -> dict[str, float | None]:
+    """Attention FLOPs of one picture by formula, and the break-even number of tokens.
+
+    Args:
+        attn: the variant.
+        tokens: tokens of a picture.
+        heads: attention heads.
+        embed_dim: channels of a token.
+        layers: blocks whose attention is replaced.
+
+    Returns:
+        `attention_gflops`, `exact_attention_gflops` of those blocks, selection included, and
+        `break_even_tokens` (None = the variant is never cheaper).
+    """
+    shape = {"heads": heads, "head_dim": embed_dim // heads, "channels": embed_dim}
+    shape["layers"] = layers
+
+    def exact(n: int) -> int:
+        return layers * ops.attention_flops(n, heads, embed_dim // heads)
+
+    def variant(n: int) -> int:
+        return attn.flops(n, **shape)
+
+    return {
+        "attention_gflops": variant(tokens) / 1e9,
+        "exact_attention_gflops": exact(tokens) / 1e9,
+        "break_even_tokens": ops.break_even_tokens(variant, exact, least=attn.min_tokens),
+    }

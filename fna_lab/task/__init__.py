@@ -1,0 +1,1 @@
+"""Tasks: what a patched model is put to. LightningModules with steps and metrics, no maths."""

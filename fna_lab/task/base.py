@@ -1,0 +1,108 @@
+"""What every task shares: the backbone, its patch, rows of samples, cost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric, SumMetric
+
+from fna_lab.metric import cost
+
+if TYPE_CHECKING:
+    from fna_lab.backbone.base import Backbone
+    from fna_lab.backbone.patch import Patch
+
+
+class Task(L.LightningModule):
+    """A test loop over pictures.
+
+    Args:
+        backbone: the model.
+        patched: its patch.
+        exact: a patch of the same blocks with exact attention, for the clock.
+        cost: measure latency and memory on the first batch.
+
+    Attributes:
+        rows: one dict a sample, for `samples.parquet`.
+        scores: the metrics by name; all are logged, and all are results.
+    """
+
+    def __init__(
+        self, *, backbone: Backbone, patched: Patch, exact: Patch, cost: bool = True
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.patched = patched
+        self.exact = exact
+        self.exact.enabled = False
+        self.measure_cost = cost
+        self.rows: list[dict[str, Any]] = []
+        self.costs: dict[str, float | None] = {}
+        self.scores = nn.ModuleDict({"n": SumMetric()})
+
+    @torch.no_grad()
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Measure one batch; the first one also tells the cost."""
+        self.step(batch)
+        self.score("n").update(len(batch["image"]))
+        for name, metric in self.scores.items():
+            self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(batch["image"]))  # type: ignore[arg-type]
+        if batch_idx == 0 and self.measure_cost:
+            self.costs = self._cost(batch["image"])
+
+    def step(self, batch: dict[str, Any]) -> None:
+        """Update the metrics and rows with one batch."""
+        raise NotImplementedError
+
+    def score(self, name: str) -> Metric:
+        """A metric by its name."""
+        metric = self.scores[name]
+        assert isinstance(metric, Metric)
+        return metric
+
+    def results(self) -> dict[str, float]:
+        """Plain numbers by name, after the test.
+
+        Raises:
+            RuntimeError: fewer or more samples were measured than the data set has.
+        """
+        found = {name: float(self.score(name).compute()) for name in self.scores}
+        expected = self.trainer.datamodule.describe()["count"]  # type: ignore[attr-defined]
+        if found["n"] != expected:
+            raise RuntimeError(f"measured {found['n']:.0f} samples of {expected}")
+        return found
+
+    def _cost(self, images: Tensor) -> dict[str, float | None]:
+        patched, exact, device = self.patched, self.exact, images.device
+        seen = patched.pictures, list(patched._found)
+
+        def run() -> None:
+            self.backbone(images)
+
+        def run_exact() -> None:
+            patched.enabled, exact.enabled = False, True
+            try:
+                self.backbone(images)
+            finally:
+                patched.enabled, exact.enabled = True, False
+
+        times = cost.latency({"exact": (run_exact, exact), "patched": (run, patched)}, device)
+        flops = cost.flops(
+            patched.attn,
+            tokens=self.backbone.num_tokens,
+            heads=self.backbone.num_heads,
+            embed_dim=self.backbone.embed_dim,
+            layers=len(patched.attn_layers),
+        )
+        found: dict[str, float | None] = {"batch": len(images), "tokens": self.backbone.num_tokens}
+        for name, row in times.items():
+            found |= {f"{name}_{part}_ms": 1e3 * row[part] for part in row if part != "rounds"}
+        found["rounds"] = times["patched"]["rounds"]
+        found["speedup"] = times["exact"]["total"] / times["patched"]["total"]
+        found["exact_peak_mib"] = cost.peak_memory(run_exact, device) / 2**20
+        found["patched_peak_mib"] = cost.peak_memory(run, device) / 2**20
+        patched.pictures, patched._found = seen
+        return found | flops

@@ -1,0 +1,166 @@
+"""Accuracy of the patched model: zero-shot, by nearest neighbours, by its own head."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fna_lab import ops
+from fna_lab.metric.accuracy import ClassAccuracy
+from fna_lab.task.base import Task
+
+log = logging.getLogger(__name__)
+PROTOCOLS = ("zero_shot", "knn", "head")
+
+
+class Classification(Task):
+    """Accuracy and balanced accuracy by every protocol that backbone and data allow.
+
+    `zero_shot`: the mean text embedding of each class over all templates (Radford et al. 2021).
+    `knn`: weighted votes of a labelled bank, embedded by the same patched model (the protocol of
+    DINOv2). `head`: the backbone's own classifier.
+
+    Args:
+        protocols: which to run; None = all that are possible.
+        knn_k: numbers of neighbours.
+        temperature: of the votes.
+        **common: see `Task`.
+
+    Raises:
+        ValueError: a protocol is unknown, or impossible with this backbone and data.
+    """
+
+    def __init__(
+        self,
+        *,
+        protocols: Sequence[str] | None = None,
+        knn_k: Sequence[int] = (10, 20),
+        temperature: float = 0.07,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        unknown = set(protocols or ()) - set(PROTOCOLS)
+        if unknown:
+            raise ValueError(
+                f"task.protocols={list(protocols or ())}: {sorted(unknown)[0]!r} is none of "
+                f"{', '.join(PROTOCOLS)}."
+            )
+        self.asked = protocols
+        self.knn_k = tuple(knn_k)
+        self.temperature = temperature
+        self.protocols: list[str] = []
+        self._texts: Tensor | None = None
+        self._bank: tuple[Tensor, Tensor] | None = None
+
+    def on_test_start(self) -> None:
+        """Settle the protocols; embed the texts and the bank."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        classes = data.classnames
+        if classes is None:
+            raise ValueError(
+                f"task=classification needs labels, and data={data.name} has none; use task="
+                "fidelity, or data.labels=true with class folders."
+            )
+        refusals = self._refusals(data, len(classes))
+        for name in self.asked or ():
+            if name in refusals:
+                raise ValueError(f"task.protocols={list(self.asked or ())}: {refusals[name]}")
+        self.protocols = [p for p in (self.asked or PROTOCOLS) if p not in refusals]
+        if not self.protocols:
+            raise ValueError(f"task=classification: {' '.join(refusals.values())}")
+        for name in self._names():
+            for balanced in (False, True):
+                key = f"{name}_balanced_accuracy" if balanced else f"{name}_accuracy"
+                metric = ClassAccuracy(len(classes), balanced=balanced)
+                self.scores[key] = metric.to(self.device)
+        if "zero_shot" in self.protocols:
+            self._texts = self._embed_classes(classes, data.templates)
+        if "knn" in self.protocols:
+            self._bank = self._embed_bank(data)
+
+    def step(self, batch: dict[str, Any]) -> None:
+        """Predict by every protocol."""
+        features = F.normalize(self.backbone(batch["image"]).pooled.float(), dim=-1)
+        guesses: dict[str, Tensor] = {}
+        if self._texts is not None:
+            guesses["zero_shot"] = (features @ self._texts.mT).argmax(1)
+        if self._bank is not None:
+            bank, labels = self._bank
+            size = len(self.trainer.datamodule.classnames)  # type: ignore[attr-defined]
+            votes = ops.knn_probabilities(
+                features,
+                bank,
+                labels,
+                num_classes=size,
+                ks=self.knn_k,
+                temperature=self.temperature,
+            )
+            guesses |= {f"knn{k}": vote.argmax(1) for k, vote in votes.items()}
+        if "head" in self.protocols:
+            guesses["head"] = self.backbone.logits(batch["image"]).argmax(1)
+        for name, guess in guesses.items():
+            self.score(f"{name}_accuracy").update(guess, batch["label"])
+            self.score(f"{name}_balanced_accuracy").update(guess, batch["label"])
+        for i, name in enumerate(batch["name"]):
+            label = int(batch["label"][i])
+            row: dict[str, Any] = {"index": int(batch["index"][i]), "name": name, "label": label}
+            for protocol, guess in guesses.items():
+                row[f"{protocol}_guess"] = int(guess[i])
+                row[f"{protocol}_correct"] = int(guess[i]) == label
+            self.rows.append(row)
+
+    def _names(self) -> list[str]:
+        names = [p for p in self.protocols if p != "knn"]
+        return names + [f"knn{k}" for k in self.knn_k if "knn" in self.protocols]
+
+    def _refusals(self, data: Any, num_classes: int) -> dict[str, str]:
+        """Why a protocol is impossible here, in words."""
+        refusals = {}
+        if not self.backbone.has_text:
+            refusals["zero_shot"] = f"zero_shot: backbone={self.backbone.name} has no text tower."
+        if self.backbone.num_classes != num_classes:
+            refusals["head"] = (
+                f"head: backbone={self.backbone.name} has a head of {self.backbone.num_classes} "
+                f"classes, and data={data.name} has {num_classes}."
+            )
+        try:
+            bank = data.bank()
+        except (NotImplementedError, FileNotFoundError) as error:
+            refusals["knn"] = f"knn: {error}"
+        else:
+            if len(bank) < max(self.knn_k):
+                refusals["knn"] = (
+                    f"knn: task.knn_k={list(self.knn_k)} wants more neighbours than the "
+                    f"{len(bank)} pictures of the bank."
+                )
+        return refusals
+
+    @torch.no_grad()
+    def _embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+        means = []
+        for start in range(0, len(classes), 64):
+            some = classes[start : start + 64]
+            texts = [template.format(name) for name in some for template in templates]
+            found = self.backbone.encode_text(texts).unflatten(0, (len(some), -1))
+            means.append(found.mean(1))
+        return F.normalize(torch.cat(means).float(), dim=-1)
+
+    @torch.no_grad()
+    def _embed_bank(self, data: Any) -> tuple[Tensor, Tensor]:
+        loader = data.bank_dataloader()
+        features, labels = [], []
+        seen = self.patched.pictures, list(self.patched._found)
+        for i, batch in enumerate(loader):
+            images = batch["image"].to(self.device)
+            found = self.backbone(images).pooled
+            features.append(F.normalize(found.float(), dim=-1))
+            labels.append(batch["label"].to(self.device))
+            if i % 10 == 0:
+                log.info("k-NN bank: %d of %d pictures", i * data.batch_size, len(loader.dataset))
+        self.patched.pictures, self.patched._found = seen
+        return torch.cat(features), torch.cat(labels)

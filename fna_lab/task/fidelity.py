@@ -1,0 +1,74 @@
+"""The patched model against its exact self, on any pictures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from fna_lab.metric.fidelity import LayerError, NeighbourAgreement, cosine, relative_errors
+from fna_lab.task.base import Task
+
+if TYPE_CHECKING:
+    from fna_lab.backbone.base import Features
+
+
+class Fidelity(Task):
+    """Cosine of CLS, pooled and patch features, error by layer, nearest-neighbour agreement.
+
+    Args:
+        **common: see `Task`.
+    """
+
+    def __init__(self, **common: Any) -> None:
+        super().__init__(**common)
+        names = ["pooled_cosine", "patch_cosine"]
+        if self.backbone.has_cls:
+            names.insert(0, "cls_cosine")
+        for name in names:
+            self.scores[name] = MeanMetric()
+        self.scores["neighbour_agreement"] = NeighbourAgreement()
+        self.layer_error = LayerError(self.backbone.depth)
+
+    def step(self, batch: dict[str, Any]) -> None:
+        """Run both models on the same pictures and compare."""
+        with self.patched.disabled():
+            exact, exact_hidden = self._run(batch["image"])
+        found, hidden = self._run(batch["image"])
+        errors = relative_errors(exact_hidden, hidden)
+        self.layer_error.update(errors)
+        values = {
+            "pooled_cosine": cosine(found.pooled, exact.pooled),
+            "patch_cosine": cosine(found.patches, exact.patches).mean(1),
+        }
+        if found.cls is not None and exact.cls is not None:
+            values["cls_cosine"] = cosine(found.cls, exact.cls)
+        for name, value in values.items():
+            self.score(name).update(value)
+        self.score("neighbour_agreement").update(exact.pooled, found.pooled)
+        for i, name in enumerate(batch["name"]):
+            row = {"index": int(batch["index"][i]), "name": name}
+            row |= {key: float(value[i]) for key, value in values.items()}
+            self.rows.append(row | {"last_layer_error": float(errors[i, -1])})
+
+    def results(self) -> dict[str, float]:
+        """Plain numbers by name, after the test; errors as `layer_error/<block>`."""
+        found = super().results()
+        if found["n"] < 3:
+            del found["neighbour_agreement"]  # two pictures are each other's only neighbour
+        errors = self.layer_error.compute().tolist()
+        return found | {f"layer_error/{i:02d}": error for i, error in enumerate(errors)}
+
+    def _run(self, images: Tensor) -> tuple[Features, list[Tensor]]:
+        hidden: list[Tensor] = []
+
+        def keep(block: Any, args: Any, output: Any) -> None:  # noqa: ARG001
+            hidden.append(output[0] if isinstance(output, tuple) else output)
+
+        hooks = [block.register_forward_hook(keep) for block in self.patched.blocks]
+        try:
+            return self.backbone(images), hidden
+        finally:
+            for hook in hooks:
+                hook.remove()
