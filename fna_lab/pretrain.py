@@ -4,7 +4,8 @@
 
 A CLIP-like pair learns from pictures drawn on demand and captions about them. Which caption is
 true of which picture is known exactly, so that the contrastive loss has all its positives and no
-false negative. Most steps see small pictures (few tokens), the last ones the final size.
+false negative. The captions that name one attribute alone ("a red object") are in every batch.
+Most steps see small pictures (few tokens), the last ones the final size.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ MEAN = STD = 0.5
 GROUPS = (SHAPES, tuple(COLOURS), tuple(SIZES), TEXTURES)
 ANY = -1
 CAPTIONS = 2  # captions a picture
+PREFIXES = ("", "a photo of ", "a picture of ")
 MODEL = dict(width=128, depth=8, heads=4, text_width=128, text_depth=3)
 
 
@@ -51,6 +53,14 @@ def caption(attributes: tuple[int, ...]) -> str:
         None if i == ANY else group[i] for i, group in zip(attributes, GROUPS, strict=True)
     )
     return " ".join(word for word in ("a", size, texture, colour, shape or "object") if word)
+
+
+def single_claims() -> list[list[tuple[int, ...]]]:
+    """For each group of attributes, the claims that say one of them and nothing else."""
+    return [
+        [tuple(i if g == place else ANY for g in range(len(GROUPS))) for i in range(len(group))]
+        for place, group in enumerate(GROUPS)
+    ]
 
 
 class Lessons(IterableDataset):
@@ -73,6 +83,7 @@ class Lessons(IterableDataset):
         self.start = start
         self.single = single
         self.tokenize = WordTokenizer()
+        self.claims = np.stack([claim for claims in single_claims() for claim in claims])
 
     def __iter__(self) -> Any:
         step = self.start
@@ -99,6 +110,10 @@ class Lessons(IterableDataset):
                 texts.append(text)
                 claims.append(claim)
                 claimed_grounds.append(ground)
+        for claim in self.claims:
+            texts.append(PREFIXES[rng.integers(3)] + caption(tuple(claim)))
+            claims.append(np.stack([claim, np.full(4, ANY)]))
+            claimed_grounds.append(ANY)
         images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div_(255)
         true = _truth(things, grounds, np.stack(claims), np.array(claimed_grounds))
         return {
@@ -118,7 +133,7 @@ class Lessons(IterableDataset):
                 said[rng.integers(4)] = True
             row[said] = things[thing][said]
         text = " and ".join(caption(tuple(claim[i])) for i in range(len(told)))
-        prefix = ("", "a photo of ", "a picture of ")[rng.integers(3)]
+        prefix = PREFIXES[rng.integers(3)]
         if rng.random() < 0.1:
             return f"{prefix}{text} on a {BACKGROUNDS[ground]} background", claim, ground
         return prefix + text, claim, ANY
@@ -144,12 +159,20 @@ class Pretraining(L.LightningModule):
         self.floor = floor
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
-        """Cross-entropy to the uniform distribution over the true partners, both ways."""
+        """Cross-entropy to the uniform distribution over the true partners.
+
+        Picture to all texts, text to all pictures, and picture to the attributes of each group.
+        """
         image = F.normalize(self.model.encode_image(batch["image"]).float(), dim=-1)
         text = F.normalize(self.model.encode_text(batch["text"]).float(), dim=-1)
         logits = self.model.logit_scale.clamp(max=math.log(100)).exp() * image @ text.mT
         true = batch["true"].float()
         loss = 0.5 * (_soft_loss(logits, true) + _soft_loss(logits.mT, true.mT))
+        start = logits.shape[1] - sum(len(group) for group in GROUPS)
+        for group in GROUPS:
+            part = slice(start, start + len(group))
+            loss = loss + _soft_loss(logits[:, part], true[:, part]) / len(GROUPS)
+            start = part.stop
         self.log("loss", loss.detach(), prog_bar=True)
         return loss
 
@@ -172,7 +195,7 @@ class Pretraining(L.LightningModule):
 
 
 def _soft_loss(logits: Tensor, true: Tensor) -> Tensor:
-    target = true / true.sum(1, keepdim=True)
+    target = true / true.sum(1, keepdim=True).clamp(min=1)  # an attribute nobody has: no loss
     return -(target * logits.log_softmax(1)).sum(1).mean()
 
 
@@ -185,13 +208,10 @@ def held_out_accuracy(model: CLIP, *, img_size: int, count: int = 600) -> dict[s
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(255).sub(MEAN).div(STD)
     features = torch.cat([model.encode_image(x, normalize=True) for x in images.split(50)])
     for place, name in enumerate(("shape", "colour", "size", "texture")):
-        claims = [[ANY] * 4 for _ in GROUPS[place]]
-        for i, claim in enumerate(claims):
-            claim[place] = i
-        texts = [caption(tuple(claim)) for claim in claims]
+        texts = [caption(claim) for claim in single_claims()[place]]
         words = sum(
             model.encode_text(tokenize([prefix + text for text in texts]), normalize=True)
-            for prefix in ("", "a photo of ", "a picture of ")
+            for prefix in PREFIXES
         )
         guess = (features @ F.normalize(words, dim=-1).mT).argmax(1)
         truth = torch.tensor(
