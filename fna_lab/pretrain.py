@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from open_clip.model import CLIP, resize_pos_embed
 from safetensors.torch import save_file
+from timm.optim.muon import Muon
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from fna_lab.backbone.tiny_clip import WordTokenizer, build_clip
+from fna_lab.backbone.tiny_clip import PATCH_SIZE, WordTokenizer, build_clip
 from fna_lab.data.shapes_world import (
     BACKGROUNDS,
     COLOURS,
@@ -42,7 +43,7 @@ from fna_lab.data.shapes_world import (
 MEAN = STD = 0.5
 GROUPS = (SHAPES, tuple(COLOURS), tuple(SIZES), TEXTURES)
 ANY = -1
-CAPTIONS = 2  # captions a picture
+CAPTIONS = 1  # captions a picture
 PREFIXES = ("", "a photo of ", "a picture of ")
 MODEL = dict(width=128, depth=8, heads=4, text_width=128, text_depth=3)
 
@@ -95,13 +96,17 @@ class Lessons(IterableDataset):
         """Batch number `step`, the same on every machine."""
         rng = np.random.default_rng([self.seed, self.img_size, step])
         pictures = np.empty((self.batch_size, self.img_size, self.img_size, 3), np.uint8)
+        side = self.img_size // PATCH_SIZE
+        shapes = np.empty((self.batch_size, side, side), int)
         things = np.full((self.batch_size, 5, 4), -2)
         grounds = np.empty(self.batch_size, int)
         texts, claims, claimed_grounds = [], [], []
         for i in range(self.batch_size):
             objects = (1, 1) if rng.random() < self.single else (2, 5)
             scene = sample_scene(int(rng.integers(2**40)), objects=objects, split="train")
-            pictures[i], _ = render(scene, self.img_size)
+            pictures[i], drawn = render(scene, self.img_size)
+            centre = PATCH_SIZE // 2
+            shapes[i] = drawn[centre::PATCH_SIZE, centre::PATCH_SIZE]
             for j, thing in enumerate(scene.things):
                 things[i, j] = [g.index(a) for g, a in zip(GROUPS, thing.attributes, strict=True)]
             grounds[i] = BACKGROUNDS.index(scene.background)
@@ -120,6 +125,7 @@ class Lessons(IterableDataset):
             "image": (images - MEAN) / STD,
             "text": self.tokenize(texts),
             "true": torch.from_numpy(true),
+            "shapes": torch.from_numpy(shapes).flatten(1),
         }
 
     def _caption(
@@ -158,31 +164,57 @@ class Pretraining(L.LightningModule):
         self.steps = steps
         self.floor = floor
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
-        """Cross-entropy to the uniform distribution over the true partners.
+    def on_fit_start(self) -> None:
+        """Make the vision tower return its patch tokens too."""
+        self.model.visual.output_tokens = True
 
-        Picture to all texts, text to all pictures, and picture to the attributes of each group.
+    def on_fit_end(self) -> None:
+        """Give the tower back as it was."""
+        self.model.visual.output_tokens = False
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
+        """Cross-entropies to the uniform distribution over the true partners.
+
+        Picture to all texts, text to all pictures, picture to the attributes of each group, and
+        every patch of an object to the captions of the shapes.
         """
-        image = F.normalize(self.model.encode_image(batch["image"]).float(), dim=-1)
+        pooled, tokens = self.model.visual(batch["image"])
+        image = F.normalize(pooled.float(), dim=-1)
+        patches = F.normalize((tokens @ self.model.visual.proj).float(), dim=-1)
         text = F.normalize(self.model.encode_text(batch["text"]).float(), dim=-1)
-        logits = self.model.logit_scale.clamp(max=math.log(100)).exp() * image @ text.mT
-        true = batch["true"].float()
-        loss = 0.5 * (_soft_loss(logits, true) + _soft_loss(logits.mT, true.mT))
+        scale = self.model.logit_scale.clamp(max=math.log(100)).exp()
+        logits, true = scale * image @ text.mT, batch["true"].float()
+        pairs = 0.5 * (_soft_loss(logits, true) + _soft_loss(logits.mT, true.mT))
         start = logits.shape[1] - sum(len(group) for group in GROUPS)
+        shape_texts = text[start : start + len(SHAPES)]
+        attributes = torch.zeros_like(pairs)
         for group in GROUPS:
             part = slice(start, start + len(group))
-            loss = loss + _soft_loss(logits[:, part], true[:, part]) / len(GROUPS)
+            attributes = attributes + _soft_loss(logits[:, part], true[:, part])
             start = part.stop
-        self.log("loss", loss.detach(), prog_bar=True)
+        covered = batch["shapes"] > 0
+        dense = F.cross_entropy(
+            scale * patches[covered] @ shape_texts.mT, batch["shapes"][covered] - 1
+        )
+        loss = pairs + attributes + dense
+        said = {"loss": loss, "pairs": pairs, "attributes": attributes, "dense": dense}
+        self.log_dict({key: value.detach() for key, value in said.items()}, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> Any:
-        """AdamW; weight decay on matrices alone; warm-up, then cosine to the floor."""
-        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
-        vectors = [p for p in self.model.parameters() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors}]
-        optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.98), weight_decay=0.0)
-        warm = min(100, self.steps // 10 + 1)
+        """Muon on the blocks' matrices, AdamW on the rest; warm-up, then cosine to the floor."""
+        blocks = {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.ndim == 2 and ".resblocks." in f".{name}"
+        }
+        rest = [p for name, p in self.model.named_parameters() if name not in blocks]
+        groups = [
+            {"params": list(blocks.values()), "lr": 2 * self.rate, "weight_decay": 0.05},
+            {"params": rest, "lr": self.rate, "use_fallback": True},
+        ]
+        optimizer = Muon(groups, nesterov=True, betas=(0.9, 0.98))
+        warm = min(50, self.steps // 10 + 1)
 
         def factor(step: int) -> float:
             if step < warm:
@@ -297,8 +329,8 @@ def _write(
 def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(prog="python -m fna_lab.pretrain", description=__doc__)
-    parser.add_argument("--stages", default="56:2600,112:300", help="img_size:steps, ...")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--stages", default="56:4000,112:600", help="img_size:steps, ...")
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=600, help="held-out pictures")

@@ -97,6 +97,13 @@ class AttentionVariant(ABC):
         del channels
         return layers * ops.attention_flops(tokens, heads, head_dim)
 
+    def check_tokens(self, tokens: int) -> None:  # noqa: ARG002
+        """Refuse, before any data is read, pictures of too few tokens.
+
+        Raises:
+            ValueError: naming the setting, its value and the number of tokens.
+        """
+
     def check(self, pattern: str) -> None:
         """Refuse, before any data is read, a mask pattern that the variant cannot honour.
 
@@ -147,7 +154,7 @@ class LandmarkAttention(AttentionVariant):
         if not isinstance(renew, int) or renew < 0:
             raise ValueError(f"attn.renew={renew!r}: expected an integer >= 0 (0 = never).")
         self.landmarks = landmarks
-        self.num_landmarks = num_landmarks
+        self.num_landmarks = self.min_tokens = num_landmarks
         self.source = source
         self.renew = renew
         self.keep_cls = keep_cls
@@ -213,6 +220,14 @@ class LandmarkAttention(AttentionVariant):
         selection = self.landmarks.flops(tokens, width, self.num_landmarks)
         return layers * self.layer_flops(tokens, heads, head_dim) + renewals * selection
 
+    def check_tokens(self, tokens: int) -> None:
+        """Refuse more landmarks than tokens."""
+        if self.num_landmarks > tokens:
+            raise ValueError(
+                f"attn.num_landmarks={self.num_landmarks}: more landmarks than the {tokens} "
+                "tokens of a picture."
+            )
+
     def choose(self, q: Tensor, k: Tensor, keys: Tensor | None, context: Context) -> Tensor:
         """Landmark indices, long `[b m]`: new ones, or those of an earlier layer of this pass.
 
@@ -220,11 +235,7 @@ class LandmarkAttention(AttentionVariant):
             ValueError: more landmarks than tokens.
         """
         batch, _, num_tokens, _ = q.shape
-        if self.num_landmarks > num_tokens:
-            raise ValueError(
-                f"attn.num_landmarks={self.num_landmarks}: more landmarks than the "
-                f"{num_tokens} tokens of block {context.layer}."
-            )
+        self.check_tokens(num_tokens)
         # Landmarks taken before a mask was known may hold removed tokens: never reuse those.
         slot = "landmarks" if keys is None else "landmarks among kept keys"
         if slot in context.shared and (self.renew == 0 or context.nth % self.renew):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
+import weakref
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fna_lab import ops
 from fna_lab.attn.base import AttentionVariant
@@ -76,8 +79,8 @@ def latency(
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:
     """Bytes that a run takes on top of what was taken before, at its peak.
 
-    On CUDA the allocator says it. On the CPU the profiler's record of every allocation and
-    release is added up.
+    On CUDA the allocator says it. On the CPU every new tensor is counted from its making to its
+    release; what an operator takes and returns within itself is not seen.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -86,17 +89,51 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with TensorBytes() as counted:
         run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    held = peak = 0
-    for event in events:
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return counted.peak
+
+
+class TensorBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made inside the `with`.
+
+    Attributes:
+        held: bytes now.
+        peak: most bytes at a time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None  # noqa: ARG002
+    ) -> Any:
+        """Run an operator; what comes in was there before, what else comes out is new."""
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor, new=False)
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor, new=True)
+        return out
+
+    def _note(self, tensor: torch.Tensor, *, new: bool) -> None:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._known:
+            return
+        size = storage.nbytes() if new else 0
+
+        def release(_: object) -> None:
+            self._known.pop(key, None)
+            self.held -= size
+
+        self._known[key] = weakref.ref(storage, release)
+        self.held += size
+        self.peak = max(self.peak, self.held)
 
 
 def flops(

@@ -12,7 +12,7 @@ from torchmetrics import Metric, SumMetric
 from fna_lab.metric import cost
 
 if TYPE_CHECKING:
-    from fna_lab.backbone.base import Backbone
+    from fna_lab.backbone.base import Backbone, Features
     from fna_lab.backbone.patch import Patch
 
 
@@ -28,6 +28,8 @@ class Task(L.LightningModule):
     Attributes:
         rows: one dict a sample, for `samples.parquet`.
         scores: the metrics by name; all are logged, and all are results.
+        found: the results, after the test.
+        costs: the cost on the first batch.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Task(L.LightningModule):
         self.measure_cost = cost
         self.rows: list[dict[str, Any]] = []
         self.costs: dict[str, float | None] = {}
+        self.found: dict[str, float] = {}
         self.scores = nn.ModuleDict({"n": SumMetric()})
 
     @torch.no_grad()
@@ -63,16 +66,33 @@ class Task(L.LightningModule):
         assert isinstance(metric, Metric)
         return metric
 
-    def results(self) -> dict[str, float]:
-        """Plain numbers by name, after the test.
+    def on_test_epoch_end(self) -> None:
+        """Turn the metrics into plain numbers, before Lightning resets them.
 
         Raises:
             RuntimeError: fewer or more samples were measured than the data set has.
         """
-        found = {name: float(self.score(name).compute()) for name in self.scores}
+        self.found = self.results()
         expected = self.trainer.datamodule.describe()["count"]  # type: ignore[attr-defined]
-        if found["n"] != expected:
-            raise RuntimeError(f"measured {found['n']:.0f} samples of {expected}")
+        if self.found["n"] != expected:
+            raise RuntimeError(f"measured {self.found['n']:.0f} samples of {expected}")
+
+    def results(self) -> dict[str, float]:
+        """The metrics as plain numbers by name; `n` is the number of samples."""
+        return {name: float(self.score(name).compute()) for name in self.scores}
+
+    def features(self, images: Tensor) -> Features:
+        """Features of the patched model.
+
+        Raises:
+            ValueError: they are not finite.
+        """
+        found = self.backbone(images)
+        if not torch.isfinite(found.pooled).all():
+            raise ValueError(
+                f"backbone={self.backbone.name} gives features that are NaN or infinite under "
+                f"attn={self.patched.attn.name}, mask={self.patched.mask.name}."
+            )
         return found
 
     def _cost(self, images: Tensor) -> dict[str, float | None]:

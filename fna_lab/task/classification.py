@@ -85,7 +85,7 @@ class Classification(Task):
 
     def step(self, batch: dict[str, Any]) -> None:
         """Predict by every protocol."""
-        features = F.normalize(self.backbone(batch["image"]).pooled.float(), dim=-1)
+        features = F.normalize(self.features(batch["image"]).pooled.float(), dim=-1)
         guesses: dict[str, Tensor] = {}
         if self._texts is not None:
             guesses["zero_shot"] = (features @ self._texts.mT).argmax(1)

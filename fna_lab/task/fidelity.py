@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -27,7 +28,7 @@ class Fidelity(Task):
         if self.backbone.has_cls:
             names.insert(0, "cls_cosine")
         for name in names:
-            self.scores[name] = MeanMetric()
+            self.scores[name] = MeanMetric().set_dtype(torch.float64)
         self.scores["neighbour_agreement"] = NeighbourAgreement()
         self.layer_error = LayerError(self.backbone.depth)
 
@@ -53,7 +54,7 @@ class Fidelity(Task):
             self.rows.append(row | {"last_layer_error": float(errors[i, -1])})
 
     def results(self) -> dict[str, float]:
-        """Plain numbers by name, after the test; errors as `layer_error/<block>`."""
+        """The metrics as plain numbers by name; errors as `layer_error/<block>`."""
         found = super().results()
         if found["n"] < 3:
             del found["neighbour_agreement"]  # two pictures are each other's only neighbour
@@ -68,7 +69,7 @@ class Fidelity(Task):
 
         hooks = [block.register_forward_hook(keep) for block in self.patched.blocks]
         try:
-            return self.backbone(images), hidden
+            return self.features(images), hidden
         finally:
             for hook in hooks:
                 hook.remove()

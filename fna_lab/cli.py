@@ -1,0 +1,95 @@
+"""The command line: compose `conf/`, run, print a table; every error ends in one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from fna_lab.help import explain, print_help
+
+log = logging.getLogger(__name__)
+
+
+def conf_dir() -> Path:
+    """The folder of configs: inside the installed package, else beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def main() -> None:
+    """Entry point of `python -m fna_lab` and `fna-lab`."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print_help(conf_dir(), Console())
+        return
+    OmegaConf.register_new_resolver("pid", lambda: str(os.getpid()), replace=True)
+    done: list[Path] = []
+    failed: list[Exception] = []
+
+    @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
+    def job(cfg: DictConfig) -> dict[str, float]:
+        return _job(cfg, done, failed)
+
+    # Without this, Hydra prints a traceback of its own and leaves no chance to say what is wrong.
+    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        job()
+    except Exception as error:
+        if error not in failed:
+            failed.append(error)
+    _print_sweep(done)
+    if failed and full:
+        raise failed[0]
+    for error in failed:
+        print(f"error: {explain(error, conf_dir())}", file=sys.stderr)
+    sys.exit(1 if failed else 0)
+
+
+def _job(cfg: DictConfig, done: list[Path], failed: list[Exception]) -> dict[str, float]:
+    from fna_lab.report import record, table  # torch: not for --help and --cfg
+    from fna_lab.run import run
+
+    hydra_cfg = HydraConfig.get()
+    folder = Path(hydra_cfg.runtime.output_dir)
+    sweep = hydra_cfg.mode == RunMode.MULTIRUN
+    if sweep:
+        log.info("job %s: %s", hydra_cfg.job.num, " ".join(hydra_cfg.overrides.task))
+    try:
+        old = None
+        if sweep and not cfg.force:
+            config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+            old = record.find(Path(cfg.outputs) / cfg.name, config)
+        if old is not None:
+            log.info("already measured with this config and code: %s (force=true to repeat)", old)
+            found = record.read(old)
+        else:
+            found = run(cfg, folder)
+            table.show(found, Console())
+            log.info("results: %s", folder)
+    except Exception as error:
+        log.debug("", exc_info=True)  # the traceback, to run.log
+        failed.append(error)
+        if sweep:  # so that any launcher and sweeper learns of it; the other jobs go on
+            log.error("job %s failed: %s", hydra_cfg.job.num, explain(error, conf_dir()))
+            raise
+        return {}
+    done.append(old or folder)
+    return found["metrics"]
+
+
+def _print_sweep(done: list[Path]) -> None:
+    if len(done) < 2:
+        return
+    from fna_lab.report import record, table
+
+    table.show_sweep([record.read(folder) for folder in done], Console())

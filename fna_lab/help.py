@@ -1,0 +1,93 @@
+"""What the command line says of itself, and of errors."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from rich.console import Console
+
+USAGE = """[bold]python -m fna_lab[/] [dim]group=option  group.setting=value  ...[/]
+
+  python -m fna_lab attn=fna mask=type2                        one run
+  python -m fna_lab -m attn=exact,fna mask=none,type1,type2    every combination
+  python -m fna_lab attn=fna --cfg job                         the settings, without running
+"""
+
+
+def print_help(conf: Path, console: Console) -> None:
+    """Print usage, and every group with its options, one line each."""
+    console.print(USAGE, highlight=False, soft_wrap=True)
+    defaults = _defaults(conf / "config.yaml")
+    folders = sorted(path for path in conf.rglob("*") if path.is_dir())
+    for folder in sorted(folders, key=lambda f: _rank(f.relative_to(conf).as_posix(), defaults)):
+        group = folder.relative_to(conf).as_posix()
+        options = sorted(folder.glob("*.yaml"))
+        if options:
+            default = f"  [dim]default: {defaults[group]}[/]" if group in defaults else ""
+            console.print(f"[bold]{group}=[/]{default}", highlight=False)
+        for path in options:
+            console.print(f"  {path.stem:19}{first_comment(path)}", highlight=False, soft_wrap=True)
+    console.print("[bold]other settings[/]")
+    for key, value, comment in _settings(conf / "config.yaml"):
+        text = f"{key}={value}"
+        console.print(f"  {text:19}{comment}", highlight=False, soft_wrap=True)
+
+
+def first_comment(path: Path) -> str:
+    """The comment that opens a config file."""
+    line = path.read_text().split("\n", 1)[0]
+    return line.lstrip("# ") if line.startswith("#") else ""
+
+
+def explain(error: Exception, conf: Path) -> str:
+    """One line that says what is wrong, with the values that would be right where known."""
+    text = str(error) or type(error).__name__
+    missing = re.search(r"Could not find '(?P<group>[\w/]+)/(?P<option>[^'/]+)'", text)
+    if missing and (conf / missing["group"]).is_dir():
+        options = sorted(path.stem for path in (conf / missing["group"]).glob("*.yaml"))
+        group, option = missing["group"], missing["option"]
+        return f"{group}={option}: there is no such option; expected {_list(options)}."
+    unset = re.search(r"Missing mandatory value: (?P<key>[\w.]+)", text)
+    if unset:
+        return f"{unset['key']} is not set: expected a value, {unset['key']}=..."
+    unknown = re.search(r"Could not override '(?P<key>[^']+)'", text)
+    if unknown:
+        return _explain_key(unknown["key"], text)
+    line = " ".join(part.strip() for part in text.split("\n") if part.strip())
+    if isinstance(error, OSError) and error.filename and not isinstance(error, FileNotFoundError):
+        line = f"outputs: cannot write {error.filename} ({error.strerror})"
+    known = (ValueError, TypeError, NotImplementedError, OSError, ImportError)
+    if not isinstance(error, known) and not type(error).__module__.startswith("hydra"):
+        line = f"{type(error).__name__}: {line} (HYDRA_FULL_ERROR=1 shows the traceback)"
+    return line
+
+
+def _explain_key(key: str, text: str) -> str:
+    hint = "python -m fna_lab --help lists groups and options"
+    near = re.search(r"Did you mean to override (\S+?)\?", text)
+    if near:
+        return f"{key}: there is no such group; did you mean {near[1]}? {hint}."
+    if "." in key:
+        hint = f"add --cfg job to see the settings of {key.rpartition('.')[0]}"
+    return f"{key}: there is no such setting; {hint}."
+
+
+def _list(options: list[str]) -> str:
+    return options[0] if len(options) == 1 else f"one of {', '.join(options)}"
+
+
+def _rank(group: str, defaults: dict[str, str]) -> tuple[int, str]:
+    order = list(defaults)
+    head = group.split("/")[0]
+    return (order.index(head) if head in order else len(order), group)
+
+
+def _defaults(path: Path) -> dict[str, str]:
+    found = re.findall(r"^  - (\w+): (\w+)$", path.read_text(), flags=re.M)
+    return dict(found)
+
+
+def _settings(path: Path) -> list[tuple[str, str, str]]:
+    lines = re.findall(r"^(\w+): +([^\s#{]+)[ \t]*(?:# (.*))?$", path.read_text(), flags=re.M)
+    return [(key, value, comment) for key, value, comment in lines]

@@ -1,0 +1,107 @@
+"""What a run leaves: one JSON record and one row a sample, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "transformers", "lightning")
+METRICS = "metrics.json"
+SAMPLES = "samples.parquet"
+# Settings that change where results go, never what they are.
+ASIDE = ("name", "outputs", "logger", "force")
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """16 hex digits of the resolved config without name, output folder and logger."""
+    kept = {key: value for key, value in config.items() if key not in ASIDE}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def code_hash() -> str:
+    """16 hex digits of every Python file of the package, so that old results are told apart."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """Git state, versions and device of this process."""
+    versions = {"fna_lab": _version("fna-lab"), "python": platform.python_version()}
+    versions |= {name: _version(name) for name in PACKAGES}
+    facts: dict[str, Any] = {"type": device.type, "processor": platform.machine()}
+    if device.type == "cuda":
+        facts["name"] = torch.cuda.get_device_name(device)
+    else:
+        facts["threads"] = torch.get_num_threads()
+    return {"git": _git(), "versions": versions, "device": facts}
+
+
+def write(record: dict[str, Any], rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Write the samples, then the record, whose presence says that the run is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = folder / f"{SAMPLES}.part"
+    pq.write_table(pa.Table.from_pylist(list(rows)), samples)
+    os.replace(samples, folder / SAMPLES)
+    metrics = folder / f"{METRICS}.part"
+    metrics.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+    os.replace(metrics, folder / METRICS)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The record of a finished run."""
+    return json.loads((folder / METRICS).read_text())
+
+
+def finished(folder: Path) -> list[Path]:
+    """Folders of the finished runs at or below a folder, in natural order."""
+    found = [path.parent for path in folder.rglob(METRICS)]
+    return sorted(found, key=lambda p: [(len(part), part) for part in p.parts])
+
+
+def find(folder: Path, config: dict[str, Any]) -> Path | None:
+    """The newest finished run below a folder with the same config and the same code."""
+    wanted = config_hash(config), code_hash()
+    for path in sorted(finished(folder), key=lambda p: (p / METRICS).stat().st_mtime)[::-1]:
+        try:
+            record = read(path)
+        except (OSError, json.JSONDecodeError):
+            continue
+        if (record.get("config_hash"), record.get("code_hash")) == wanted:
+            return path
+    return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit and dirty flag of the checkout that holds this very file, None outside of one."""
+
+    def ask(*args: str) -> str:
+        command = ["git", "-C", str(PACKAGE), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        ask("ls-files", "--error-unmatch", __file__)  # an installed copy in another repository
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,179 @@
+"""Records as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+COST_ROWS = (
+    ("latency", "{}_total_ms", "ms a batch"),
+    ("  attention", "{}_attention_ms", "ms"),
+    ("  landmark selection", "{}_selection_ms", "ms"),
+    ("  everything else", "{}_rest_ms", "ms"),
+    ("peak memory", "{}_peak_mib", "MiB"),
+)
+
+
+def show(record: Mapping[str, Any], console: Console) -> None:
+    """Print what was run, its metrics, and its cost against exact attention."""
+    parts: list[Any] = [_heading(record), _metrics(record["metrics"])]
+    if record["cost"]:
+        parts.append(_cost(record["cost"]))
+    console.print(Group(*parts))
+
+
+def show_sweep(records: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print finished runs as rows that can be compared: what differs, metrics, cost."""
+    configs = [_flat(record["config"]) for record in records]
+    keys = [key for key in configs[0] if len({config.get(key) for config in configs}) > 1]
+    keys = [key for key in keys if key in ("backbone", "attn", "mask", "task", "data")] or keys
+    extra = _differing(configs, keys)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=f"{len(records)} runs", title_style="bold")
+    for key in [*keys, *extra]:
+        table.add_column(key, overflow="fold")
+    names = [name for name in _main_metrics(records)]
+    for name in names:
+        table.add_column(_title(name), justify="right")
+    if any(record["cost"] for record in records):
+        for title in ("ms", "speed-up", "attention\nGFLOP"):
+            table.add_column(title, justify="right")
+    for record, config in zip(records, configs, strict=True):
+        row = [str(config.get(key, "-")) for key in [*keys, *extra]]
+        row += [_number(record["metrics"].get(name)) for name in names]
+        if record["cost"]:
+            cost = record["cost"]
+            row += [f"{cost['patched_total_ms']:.1f}", f"{cost['speedup']:.2f}x"]
+            row += [f"{cost['attention_gflops']:.3f}"]
+        table.add_row(*row)
+    console.print(table)
+
+
+def _heading(record: Mapping[str, Any]) -> Text:
+    backbone, data, config = record["backbone"], record["data"], record["config"]
+    text = Text()
+    text.append(f"{record['task']}", style="bold")
+    text.append(f" of {data['count']} pictures of {data['name']}")
+    text.append(" (synthetic)\n" if data.get("synthetic") else "\n")
+    text.append(f"backbone  {backbone['name']}: {backbone['img_size']} px, ")
+    text.append(f"{backbone['num_tokens']} tokens, {backbone['depth']} blocks\n")
+    attn = _said(config["attn"], ("layers", "landmarks", "solver"))
+    text.append(f"attn      {record['attn']['name']} in blocks {_range(record['attn']['layers'])}")
+    text.append(f" ({attn})\n" if attn else "\n")
+    mask = record["mask"]
+    text.append(f"mask      {mask['name']}")
+    if mask["layers"]:
+        found = mask["found"]
+        text.append(f" ({mask['stage']}) in blocks {_range(mask['layers'])}; {mask['detector']} ")
+        text.append(f"({mask['threshold']}) at block {mask['detect']} finds ")
+        text.append(f"{found['mean']:.2f} tokens a picture, in {found['share']:.0%} of them")
+    text.append("\n")
+    return text
+
+
+def _metrics(metrics: Mapping[str, float]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    layers = {key: value for key, value in metrics.items() if "/" in key}
+    for name, value in metrics.items():
+        if name not in layers and name != "n":
+            table.add_row(name.replace("_", " "), _number(value))
+    groups = {key.split("/")[0] for key in layers}
+    for group in sorted(groups):
+        values = [value for key, value in layers.items() if key.startswith(group)]
+        last, worst = _number(values[-1]), _number(max(values))
+        table.add_row(f"{group.replace('_', ' ')}, last block (worst)", f"{last} ({worst})")
+    return table
+
+
+def _cost(cost: Mapping[str, Any]) -> Table:
+    title = f"cost, {cost['batch']} pictures a batch, median of {cost['rounds']:.0f} rounds"
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    for name in ("", "exact", "this run", "ratio"):
+        table.add_column(name, justify="right" if name else "left")
+    for label, key, unit in COST_ROWS:
+        exact, found = cost[key.format("exact")], cost[key.format("patched")]
+        ratio = f"{exact / found:.2f}x" if found > 0 and exact > 0 else ""
+        table.add_row(f"{label} ({unit})", f"{exact:.1f}", f"{found:.1f}", ratio)
+    exact, found = cost["exact_attention_gflops"], cost["attention_gflops"]
+    label = "attention of the blocks (GFLOP a picture)"
+    table.add_row(label, f"{exact:.3f}", f"{found:.3f}", f"{exact / found:.2f}x")
+    even = cost["break_even_tokens"]
+    text = "never fewer FLOPs" if even is None else f"{even:.0f} tokens"
+    table.add_row(f"fewer FLOPs than exact from ({cost['tokens']} tokens here)", "", text, "")
+    return table
+
+
+def _said(config: Mapping[str, Any], parts: Sequence[str]) -> str:
+    """A variant's settings in one line; parts by the names of their files."""
+    said = []
+    for key, value in config.items():
+        if key.startswith("_") or key == "layers":
+            continue
+        if isinstance(value, Mapping):
+            said.append(f"{key} {_name(value)}")
+        else:
+            said.append(f"{key}={value}".replace("True", "true").replace("False", "false"))
+    return ", ".join(sorted(said, key=lambda text: text.split(" ")[0] not in parts))
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"attn": "fna", "attn.num_landmarks": 64, ...}` of a nested config."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            if "_target_" in value:
+                flat[prefix + key] = _name(value)
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif not key.startswith("_"):
+            flat[prefix + key] = str(value)
+    return flat
+
+
+def _name(node: Mapping[str, Any]) -> str:
+    if node.get("name") and "backbone" in str(node.get("_target_")):
+        return str(node["name"])
+    return str(node["_target_"]).rsplit(".", 2)[-2]
+
+
+def _differing(configs: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> list[str]:
+    """Settings that differ between runs that share the group's option."""
+    found = []
+    for key in dict.fromkeys(key for config in configs for key in config):
+        group = key.split(".")[0]
+        if key in groups or key in ("name", "outputs", "force"):
+            continue
+        values: dict[Any, set[Any]] = {}
+        for config in configs:
+            if key in config:
+                values.setdefault(config.get(group), set()).add(config[key])
+        if any(len(some) > 1 for some in values.values()):
+            found.append(key)
+    return found
+
+
+def _main_metrics(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = dict.fromkeys(name for record in records for name in record["metrics"])
+    return [name for name in names if "/" not in name and "balanced" not in name and name != "n"]
+
+
+def _title(name: str) -> str:
+    head, _, tail = name.rpartition("_")
+    return f"{head}\n{tail}".replace("_", " ")
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if abs(value) >= 1e-4 or value == 0 else f"{value:.1e}"
+
+
+def _range(layers: Sequence[int]) -> str:
+    if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}-{layers[-1]}"
+    return ", ".join(map(str, layers))

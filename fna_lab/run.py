@@ -1,0 +1,169 @@
+"""One run, in a straight line: from a config to numbers on disk."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import wandb
+from omegaconf import DictConfig, OmegaConf
+
+from fna_lab.attn.layers import parse_layers
+from fna_lab.backbone.base import Backbone
+from fna_lab.backbone.patch import Patch, patch
+from fna_lab.build import build
+from fna_lab.data.base import PictureData
+from fna_lab.report import record as records
+from fna_lab.task.base import Task
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Measure what a config describes.
+
+    Args:
+        cfg: the composed config.
+        folder: where `metrics.json` and `samples.parquet` go, once everything is measured.
+
+    Returns:
+        The record, as written to `metrics.json`.
+
+    Raises:
+        ValueError: settings that do not fit each other, naming the setting and the value.
+    """
+    begin = time.time()
+    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(config, dict)
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    backbone: Backbone = build(cfg.backbone)
+    data: PictureData = build(cfg.data, transform=backbone.transform)
+    patched, exact = plan(cfg, backbone)
+    data.setup("test")
+    task: Task = build(cfg.task, backbone=backbone, patched=patched, exact=exact)
+    logger = build(cfg.logger, save_dir=str(folder))
+    try:
+        if logger is not None:
+            logger.log_hyperparams(config)
+        with _quiet():
+            trainer: L.Trainer = build(
+                cfg.trainer, logger=logger or False, default_root_dir=str(folder)
+            )
+            trainer.test(task, datamodule=data, verbose=False)
+        _check_found(patched)
+        record = {
+            "name": cfg.name,
+            "task": records_name(task),
+            "config": config,
+            "config_hash": records.config_hash(config),
+            "code_hash": records.code_hash(),
+            **records.surroundings(trainer.strategy.root_device),
+            "seed": cfg.seed,
+            "data": data.describe(),
+            "backbone": backbone.describe(),
+            "attn": {"name": patched.attn.name, "layers": list(patched.attn_layers)},
+            "mask": _mask_facts(patched),
+            "metrics": task.found,
+            "cost": task.costs,
+            "seconds": round(time.time() - begin, 1),
+        }
+        records.write(record, task.rows, folder)
+        return record
+    finally:
+        exact.remove()
+        patched.remove()
+        wandb.finish()
+
+
+def plan(cfg: DictConfig, backbone: Backbone) -> tuple[Patch, Patch]:
+    """Patch the backbone as the config says, and once more with exact attention, switched off.
+
+    Where attention is replaced, masked and searched is the backbone's anatomy, unless set.
+    """
+    settings = cfg.attn.copy()
+    OmegaConf.set_struct(settings, False)
+    layers = settings.pop("layers", None)
+    layers = OmegaConf.to_object(layers) if OmegaConf.is_config(layers) else layers
+    attn, mask = build(settings), build(cfg.mask)
+    anatomy, depth = backbone.anatomy, backbone.depth
+    attn.check_tokens(backbone.num_tokens)
+    masked = parse_layers(
+        range(anatomy.mask, depth) if mask.layers is None else mask.layers,
+        depth,
+        setting="mask.layers",
+    )
+    patched = patch(
+        backbone.host,
+        attn,
+        mask,
+        layers=range(anatomy.fna, depth) if layers is None else layers,
+        blocks=backbone.blocks_path,
+        mask_layers=masked,
+        detect=min(anatomy.detect, masked[0]) if mask.detect is None else mask.detect,
+    )
+    exact = patch(
+        backbone.host, "exact", layers=patched.attn_layers, blocks=backbone.blocks_path
+    )
+    exact.enabled = False
+    return patched, exact
+
+
+def records_name(task: Task) -> str:
+    """The task's name in `conf/task`: that of its file."""
+    return type(task).__module__.rsplit(".", 1)[-1]
+
+
+def _mask_facts(patched: Patch) -> dict[str, Any]:
+    mask = patched.mask
+    facts: dict[str, Any] = {"name": mask.name, "layers": list(patched.mask_layers)}
+    if mask.pattern is None:
+        return facts
+    found = torch.tensor(patched.found, dtype=torch.double)
+    return facts | {
+        "pattern": mask.pattern,
+        "stage": mask.stage,
+        "detector": mask.detector.name,
+        "threshold": mask.detector.threshold,
+        "detect": patched.detect,
+        "found": {
+            "pictures": len(found),
+            "mean": found.mean().item(),
+            "max": int(found.max()),
+            "share": (found > 0).double().mean().item(),
+        },
+    }
+
+
+def _check_found(patched: Patch) -> None:
+    """Refuse results under a mask that masked nothing: they would be those of `mask=none`."""
+    if patched.mask.pattern is not None and not any(patched.found):
+        detector = patched.mask.detector
+        raise ValueError(
+            f"mask/detector={detector.name} ({detector.threshold}) finds no token at block "
+            f"{patched.detect} in any of the {patched.pictures} pictures, so mask="
+            f"{patched.mask.name} would be mask=none; lower mask.detector."
+            f"{detector.threshold.split('=')[0]}, or choose another detector or mask.detect."
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's advice: its devices stand in the record, workers are a setting."""
+    talk = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = talk.level
+    talk.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+            warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+            yield
+    finally:
+        talk.setLevel(level)
