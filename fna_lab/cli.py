@@ -33,7 +33,7 @@ def main() -> None:
         return
     OmegaConf.register_new_resolver("pid", lambda: str(os.getpid()), replace=True)
     done: list[Path] = []
-    failed: list[Exception] = []
+    failed: dict[str, Exception] = {}
 
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
     def job(cfg: DictConfig) -> dict[str, float]:
@@ -45,25 +45,23 @@ def main() -> None:
     try:
         job()
     except Exception as error:
-        if error not in failed:
-            failed.append(error)
+        if error not in failed.values():
+            failed[""] = error
     _print_sweep(done)
     if failed and full:
-        raise failed[0]
-    for error in failed:
-        print(f"error: {explain(error, conf_dir())}", file=sys.stderr)
+        raise next(iter(failed.values()))
+    for label, error in failed.items():
+        print(f"error: {label}{explain(error, conf_dir())}", file=sys.stderr)
     sys.exit(1 if failed else 0)
 
 
-def _job(cfg: DictConfig, done: list[Path], failed: list[Exception]) -> dict[str, float]:
+def _job(cfg: DictConfig, done: list[Path], failed: dict[str, Exception]) -> dict[str, float]:
     from fna_lab.report import record, table  # torch: not for --help and --cfg
     from fna_lab.run import run
 
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
     sweep = hydra_cfg.mode == RunMode.MULTIRUN
-    if sweep:
-        log.info("job %s: %s", hydra_cfg.job.num, " ".join(hydra_cfg.overrides.task))
     try:
         old = None
         if sweep and not cfg.force:
@@ -78,7 +76,7 @@ def _job(cfg: DictConfig, done: list[Path], failed: list[Exception]) -> dict[str
             log.info("results: %s", folder)
     except Exception as error:
         log.debug("", exc_info=True)  # the traceback, to run.log
-        failed.append(error)
+        failed[f"job {hydra_cfg.job.num}: " if sweep else ""] = error
         if sweep:  # so that any launcher and sweeper learns of it; the other jobs go on
             log.error("job %s failed: %s", hydra_cfg.job.num, explain(error, conf_dir()))
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from omegaconf import MissingMandatoryValue
 from rich.console import Console
 
 USAGE = """[bold]python -m fna_lab[/] [dim]group=option  group.setting=value  ...[/]
@@ -48,14 +49,14 @@ def explain(error: Exception, conf: Path) -> str:
         options = sorted(path.stem for path in (conf / missing["group"]).glob("*.yaml"))
         group, option = missing["group"], missing["option"]
         return f"{group}={option}: there is no such option; expected {_list(options)}."
-    unset = re.search(r"Missing mandatory value: (?P<key>[\w.]+)", text)
-    if unset:
-        return f"{unset['key']} is not set: expected a value, {unset['key']}=..."
+    unset = re.search(r"full_key: (?P<key>[\w.]+)", text)
+    if unset and isinstance(error, MissingMandatoryValue):
+        return f"{unset['key']} is not set: expected {unset['key']}=VALUE."
     unknown = re.search(r"Could not override '(?P<key>[^']+)'", text)
     if unknown:
         return _explain_key(unknown["key"], text)
     line = " ".join(part.strip() for part in text.split("\n") if part.strip())
-    if isinstance(error, OSError) and error.filename and not isinstance(error, FileNotFoundError):
+    if isinstance(error, OSError) and error.strerror:  # the system's own: what we read is wrapped
         line = f"outputs: cannot write {error.filename} ({error.strerror})"
     known = (ValueError, TypeError, NotImplementedError, OSError, ImportError)
     if not isinstance(error, known) and not type(error).__module__.startswith("hydra"):

@@ -44,6 +44,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         pickle.UnpicklingError,
         RuntimeError,
         EOFError,
+        OSError,
         ValueError,
     ) as error:
         reason = str(error).strip().split("\n")[0][:120]

@@ -104,8 +104,9 @@ def _cost(cost: Mapping[str, Any]) -> Table:
     label = "attention of the blocks (GFLOP a picture)"
     table.add_row(label, f"{exact:.3f}", f"{found:.3f}", f"{exact / found:.2f}x")
     even = cost["break_even_tokens"]
-    text = "never fewer FLOPs" if even is None else f"{even:.0f} tokens"
-    table.add_row(f"fewer FLOPs than exact from ({cost['tokens']} tokens here)", "", text, "")
+    text = "never" if even is None else f"{even:.0f}"
+    label = f"break-even in FLOPs (tokens; {cost['tokens']} here)"
+    table.add_row(label, "", text, "")
     return table
 
 
@@ -138,7 +139,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _name(node: Mapping[str, Any]) -> str:
     if node.get("name") and "backbone" in str(node.get("_target_")):
         return str(node["name"])
-    return str(node["_target_"]).rsplit(".", 2)[-2]
+    return str(node["_target_"]).rsplit(".", 2)[-2] if node["_target_"] else "none"
 
 
 def _differing(configs: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> list[str]:

@@ -1,0 +1,185 @@
+"""The command line as a user meets it: help, results, and one clear line for every error."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from fna_lab.cli import conf_dir, main
+from fna_lab.help import first_comment
+
+QUICK = ["data.count=6", "task.protocols=[zero_shot]", "task.cost=false", "trainer=cpu"]
+TINY_TIMM = ["backbone=timm", "backbone.name=vit_tiny_patch16_224.augreg_in21k_ft_in1k"]
+
+
+def run(*overrides: str, code: int = 0) -> list[Path]:
+    """Run in this process and folder; the folders of finished runs."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", ["fna_lab", *overrides])
+        patched.setenv("HYDRA_FULL_ERROR", "0")
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert ended.value.code == code
+    return sorted(path.parent for path in Path("outputs").rglob("metrics.json"))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_help_lists_every_group_and_option_in_one_line_each() -> None:
+    command = [sys.executable, "-m", "fna_lab", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    for path in conf_dir().rglob("*/*.yaml"):
+        wanted = f"  {path.stem:19}{first_comment(path)}"
+        assert wanted.rstrip() in [line.rstrip() for line in lines]
+    for group in ("backbone", "attn", "attn/solver", "mask/detector", "trainer", "logger"):
+        assert any(line.startswith(f"{group}=") for line in lines)
+
+
+def test_a_run_leaves_its_record_and_samples(capsys: pytest.CaptureFixture[str]) -> None:
+    (done,) = run("attn=fna", "attn.num_landmarks=32", "data.count=6", "task.knn_k=[3]",
+                  "data.bank_count=20", "name=first", "trainer=cpu")  # fmt: skip
+    assert done.parent.name == "first"
+    record = json.loads((done / "metrics.json").read_text())
+    for key in ("config", "config_hash", "code_hash", "git", "versions", "device", "seed", "data"):
+        assert key in record
+    assert record["config"]["attn"]["num_landmarks"] == 32
+    assert record["data"]["count"] == record["metrics"]["n"] == 6
+    assert record["attn"] == {"name": "fna", "layers": [4, 5, 6, 7]}
+    cost = record["cost"]
+    assert cost["patched_selection_ms"] > 0 and cost["exact_selection_ms"] == 0
+    parts = [cost[f"patched_{part}_ms"] for part in ("selection", "attention", "rest")]
+    assert min(parts) > 0 and cost["patched_peak_mib"] > 1
+    rows = pq.read_table(done / "samples.parquet").to_pylist()
+    assert [row["index"] for row in rows] == list(range(6))
+    right = sum(row["knn3_correct"] for row in rows) / 6
+    assert right == pytest.approx(record["metrics"]["knn3_accuracy"])
+    assert {p.name for p in done.iterdir()} == {".hydra", "run.log", "metrics.json", "samples.parquet"}
+    said = capsys.readouterr().out
+    assert "fna in blocks 4-7" in said and "num_landmarks=32" in said
+    assert "knn3 accuracy" in said and "peak memory (MiB)" in said
+
+
+def test_same_seed_same_numbers() -> None:
+    for name in ("one", "two"):
+        done = run("attn=fna", "attn/landmarks=random", f"name={name}", *QUICK)
+    records = [json.loads((path / "metrics.json").read_text()) for path in done]
+    assert len(records) == 2
+    assert records[0]["metrics"] == records[1]["metrics"]
+    assert records[0]["config_hash"] == records[1]["config_hash"]
+
+
+def test_multirun_goes_on_after_a_failure_and_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    done = run("-m", "attn=exact,fna", "attn.layers=7,9", *QUICK, code=1)
+    assert len(done) == 2
+    said = capsys.readouterr()
+    assert "error: job 1: attn.layers=9: block 9 does not exist" in said.err
+    assert "2 runs" in said.out and "zero shot" in said.out
+    # Again: what is there is skipped, what failed is tried again.
+    before = [(path / "metrics.json").stat().st_mtime_ns for path in done]
+    again = run("-m", "attn=exact,fna", "attn.layers=7,6", *QUICK)
+    assert len(again) == 4
+    assert [(path / "metrics.json").stat().st_mtime_ns for path in done] == before
+    assert "2 runs" not in capsys.readouterr().out
+    assert len(run("-m", "attn=exact,fna", "attn.layers=7,6", *QUICK)) == 4
+    assert len(run("-m", "attn=exact,fna", "attn.layers=7,6", "force=true", *QUICK)) == 8
+
+
+def nan_weights(folder: Path) -> list[str]:
+    model = timm.create_model("vit_tiny_patch16_224")
+    state = model.state_dict()
+    state["blocks.3.mlp.fc1.weight"][0, 0] = torch.nan
+    safetensors.torch.save_file(state, folder / "nan.safetensors")
+    return [*TINY_TIMM, f"backbone.checkpoint={folder / 'nan.safetensors'}"]
+
+
+def other_model(folder: Path) -> list[str]:
+    safetensors.torch.save_file({"w": torch.ones(3)}, folder / "other.safetensors")
+    return [*TINY_TIMM, f"backbone.checkpoint={folder / 'other.safetensors'}"]
+
+
+def no_folder(folder: Path) -> list[str]:
+    (folder / "file").write_text("")
+    return [f"outputs={folder / 'file' / 'x'}"]
+
+
+BAD = {
+    "unknown option": (["attn=foo"], "attn=foo: there is no such option; expected one of exact"),
+    "unknown nested option": (["attn=fna", "attn/solver=x"], "attn/solver=x: there is no such"),
+    "unknown group": (["atn=fna"], "atn: there is no such"),
+    "unknown setting": (["attn.landmark=3"], "attn.landmark: there is no such setting"),
+    "unset setting": (["data=folder"], "data.root is not set"),
+    "layers beyond the depth": (["attn.layers=4-9"], "attn.layers='4-9': block 8 does not exist"),
+    "mask layers beyond the depth": (["mask=type1", "mask.layers=[8]"], "mask.layers="),
+    "detection after the mask": (["mask=type1", "mask.detect=6", "mask.layers=5-7"], "mask.detect=6"),
+    "too many landmarks": (
+        ["attn=fna", "attn.num_landmarks=198"],
+        "attn.num_landmarks=198: more landmarks than the 197 tokens",
+    ),
+    "landmarks no number": (["attn=fna", "attn.num_landmarks=few"], "attn.num_landmarks='few'"),
+    "input size": (["backbone.img_size=100"], "backbone.img_size=100: expected a multiple of"),
+    "checkpoint of another model": (other_model, "other.safetensors does not fit backbone="),
+    "NaN in the weights": (nan_weights, "blocks.3.mlp.fc1.weight holds 1 values that are NaN"),
+    "no checkpoint": (["backbone.checkpoint=/no/x.pth"], "backbone.checkpoint=/no/x.pth"),
+    "detector finds nothing": (
+        ["mask=type2", "mask/detector=norm_ratio", "mask.detector.ratio=1000"],
+        "mask/detector=norm_ratio (ratio=1000) finds no token at block 4",
+    ),
+    "detector finds everything": (
+        ["mask=type2", "mask/detector=norm_ratio", "mask.detector.ratio=0.001"],
+        "finds all 196 patch tokens",
+    ),
+    "output folder": (no_folder, "outputs: cannot write"),
+    "empty folder of pictures": (
+        lambda folder: ["task=fidelity", "data=folder", f"data.root={folder}"],
+        "no picture in it",
+    ),
+    "protocol without labels": (["data=photos"], "task=classification needs labels"),
+    "unknown protocol": (["task.protocols=[guess]"], "task.protocols=['guess']"),
+    "too many neighbours": (
+        ["task.protocols=[knn]", "data.bank_count=3"], "wants more neighbours than the 3 pictures"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_in_one_clear_line(
+    case: str, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    overrides, wanted = BAD[case]
+    given = overrides(folder) if callable(overrides) else overrides
+    quick = ["trainer=cpu", "task.cost=false"] if "fidelity" not in str(given) else []
+    if "data=photos" not in given and "data=folder" not in given:
+        quick.append("data.count=6")
+    if not any(text.startswith("task") for text in given):
+        quick.append("task.protocols=[zero_shot]")
+    if "backbone=timm" in given:
+        quick = ["task=fidelity", "trainer=cpu"]
+    assert run(*quick, *given, code=1) == []
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and wanted in errors[0]
+    left = [path for path in Path(".").rglob("*") if path.suffix in (".part", ".parquet", ".json")]
+    assert not left
+
+
+def test_errors_reach_the_shell() -> None:
+    command = [sys.executable, "-m", "fna_lab", "attn=foo"]
+    environment = {**os.environ, "HYDRA_FULL_ERROR": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.strip().startswith("error: attn=foo") and "\n" not in done.stderr.strip()
