@@ -33,15 +33,15 @@ def show_sweep(records: Sequence[Mapping[str, Any]], console: Console) -> None:
     keys = [key for key in configs[0] if len({config.get(key) for config in configs}) > 1]
     keys = [key for key in keys if key in ("backbone", "attn", "mask", "task", "data")] or keys
     extra = _differing(configs, keys)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=f"{len(records)} runs", title_style="bold")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for key in [*keys, *extra]:
         table.add_column(key, overflow="fold")
-    names = [name for name in _main_metrics(records)]
+    names = _main_metrics(records)
     for name in names:
-        table.add_column(_title(name), justify="right")
+        table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
     if any(record["cost"] for record in records):
-        for title in ("ms", "speed-up", "attention\nGFLOP"):
-            table.add_column(title, justify="right")
+        for title in ("latency\nms", "against\nexact", "attention\nGFLOP"):
+            table.add_column(title, justify="right", no_wrap=True)
     for record, config in zip(records, configs, strict=True):
         row = [str(config.get(key, "-")) for key in [*keys, *extra]]
         row += [_number(record["metrics"].get(name)) for name in names]
@@ -50,7 +50,7 @@ def show_sweep(records: Sequence[Mapping[str, Any]], console: Console) -> None:
             row += [f"{cost['patched_total_ms']:.1f}", f"{cost['speedup']:.2f}x"]
             row += [f"{cost['attention_gflops']:.3f}"]
         table.add_row(*row)
-    console.print(table)
+    console.print(f"[bold]{len(records)} runs[/]", table)
 
 
 def _heading(record: Mapping[str, Any]) -> Text:
@@ -161,11 +161,6 @@ def _differing(configs: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> l
 def _main_metrics(records: Sequence[Mapping[str, Any]]) -> list[str]:
     names = dict.fromkeys(name for record in records for name in record["metrics"])
     return [name for name in names if "/" not in name and "balanced" not in name and name != "n"]
-
-
-def _title(name: str) -> str:
-    head, _, tail = name.rpartition("_")
-    return f"{head}\n{tail}".replace("_", " ")
 
 
 def _number(value: float | None) -> str:
