@@ -16,6 +16,11 @@ from fna_lab.backbone.patch import Patch, patch
 from fna_lab.backbone.timm import TimmBackbone
 from fna_lab.data.photos import PhotosData
 from fna_lab.data.shapes import ShapesData
+from fna_lab.mask.detector.norm_gap import NormGapDetector
+from fna_lab.mask.none import NoMask
+from fna_lab.mask.type1 import Type1Mask
+from fna_lab.mask.type2 import Type2Mask
+from fna_lab.task.anatomy import Anatomy
 from fna_lab.task.base import Task
 from fna_lab.task.classification import Classification
 from fna_lab.task.fidelity import Fidelity
@@ -169,3 +174,59 @@ def test_features_that_are_not_finite_are_an_error(backbone: Backbone) -> None:
     finally:
         patched.remove()
         exact.remove()
+
+
+@pytest.mark.parametrize("mask", ["none", "type1", "type2"])
+def test_anatomy_sees_every_block_as_it_is(backbone: Backbone, mask: str) -> None:
+    data = ShapesData(transform=backbone.transform, count=5, img_size=64, batch_size=3)
+    detector = NormGapDetector(min_gap=0.0)  # always finds something
+    variants: dict[str, Any] = {"none": NoMask(), "type1": Type1Mask(detector=detector),
+                                "type2": Type2Mask(detector=detector)}  # fmt: skip
+    settings = {} if mask == "none" else {"mask_layers": "8-9", "detect": 5}
+    patched, exact = patches(backbone, mask=variants[mask], **settings)
+    task = Anatomy(backbone=backbone, patched=patched, exact=exact, cost=False)
+    found = measure(task, data)
+    blocks = {key.split("/")[1] for key in found if "/" in key}
+    assert blocks == {f"{i:02d}" for i in range(12)}
+
+    # By hand: what timm itself says of attention, with its fused kernel switched off.
+    data.setup()
+    images = torch.stack([data.test_set[i]["image"] for i in range(5)])  # type: ignore[index]
+    shares, norms = {}, {}
+    block = backbone.blocks[7 if mask == "none" else 8]
+
+    def look(module: Any, args: Any) -> None:
+        attn, x = block.attn, args[0]
+        q, k, _ = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
+        weights = torch.einsum("bnhd,bmhd->bhnm", q * attn.scale, k).softmax(-1)
+        shares["free"] = weights.mean((1, 2))
+        norms["x"] = x[:, 1:].norm(dim=-1)
+
+    hook = block.register_forward_pre_hook(look)
+    with torch.no_grad(), patch(backbone.host, "exact", variants[mask], layers="6-11", **settings):
+        backbone(images)
+    hook.remove()
+    layer = "07" if mask == "none" else "08"
+    medians = norms["x"].median(1, keepdim=True).values
+    wanted = (norms["x"] / medians).amax(1).mean().item()
+    assert found[f"largest_norm/{layer}"] == pytest.approx(wanted, rel=1e-5)
+    top = 17 * shares["free"][:, 1:].amax(1).mean().item()
+    if mask == "none":
+        assert found[f"top_incoming/{layer}"] == pytest.approx(top, rel=1e-5)
+    else:
+        assert found[f"top_incoming/{layer}"] != pytest.approx(top, rel=1e-5)
+    assert [row["index"] for row in task.rows] == list(range(5))
+
+
+def test_anatomy_leaves_the_model_as_it_was(backbone: Backbone) -> None:
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = backbone(images).pooled
+        with patch(backbone.host, "fna", layers="6-11", num_landmarks=4) as patched:
+            plain = backbone(images).pooled
+            seen = []
+            with patched.observed(lambda q, k, context: seen.append(context.layer)):
+                watched = backbone(images).pooled
+            assert seen == list(range(12))
+            assert torch.equal(watched, plain) and torch.equal(backbone(images).pooled, plain)
+        assert torch.equal(backbone(images).pooled, before)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +23,8 @@ from fna_lab.backbone.seam import AttentionSeam, EnterSeam, LeaveSeam
 from fna_lab.mask.base import Mask
 
 Variant = TypeVar("Variant", AttentionVariant, Mask)
+
+Observer = Callable[[Tensor, Tensor, Context], None]
 
 # CLIP ViT-L/14, 24 blocks: detection, masks and FNA from block 13 on; others in proportion.
 START = 13 / 24
@@ -112,6 +114,7 @@ class Patch:
         mask_layers: blocks whose attention is masked.
         detect: block at which tokens are detected, None without a mask.
         stopwatch: notes the time of attention and selection, None where nobody measures.
+        observer: is shown queries, keys and context before each attention, None = nobody looks.
         enabled: False while the model runs as it came.
         pictures: pictures seen by the detector so far.
         tokens: T of the last forward pass, bool `[b n]`, None before the first.
@@ -137,6 +140,7 @@ class Patch:
         self.detect = detect
         self.enabled = True
         self.stopwatch: Stopwatch | None = None
+        self.observer: Observer | None = None
         self.pictures = 0
         self.tokens: Tensor | None = None
         self._found: list[Tensor] = []
@@ -148,6 +152,11 @@ class Patch:
         self._input: Tensor | None = None
         self._hooks: list[RemovableHandle] = []
         self._install()
+
+    @property
+    def _touched(self) -> set[int]:
+        detect = () if self.detect is None else (self.detect,)
+        return {*self.attn_layers, *self.mask_layers, *detect}
 
     @property
     def found(self) -> list[int]:
@@ -174,6 +183,19 @@ class Patch:
         finally:
             self.enabled = was_enabled
 
+    @contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        """Show every block's attention to an observer, whether it is replaced or not."""
+        others = tuple(i for i in range(len(self.blocks)) if i not in self._touched)
+        none = _resolve("none", Mask, "fna_lab.mask", {})
+        rest = Patch(self.model, self._path, self.blocks, self._exact, none, others, (), None)
+        self.observer = rest.observer = observer
+        try:
+            yield
+        finally:
+            self.observer = None
+            rest.remove()
+
     def __enter__(self) -> Patch:
         return self
 
@@ -185,10 +207,7 @@ class Patch:
         embedding = find_patch_embedding(self.model, self._path)
         if embedding is not None:
             self._hooks.append(embedding.register_forward_hook(self._begin))
-        touched = {*self.attn_layers, *self.mask_layers}
-        if self.detect is not None:
-            touched.add(self.detect)
-        for layer in sorted(touched):
+        for layer in sorted(self._touched):
             block = self.blocks[layer]
             seam = AttentionSeam(partial(self._attend, layer), f"{self._path}.{layer}")
             enter = EnterSeam(seam, partial(self._before, layer), self)
@@ -256,6 +275,8 @@ class Patch:
             shared=self._pass.shared,
             stopwatch=self.stopwatch,
         )
+        if self.observer is not None:
+            self.observer(q, k, context)
         if self.stopwatch is None:
             return variant(q, k, v, context)
         begin = self.stopwatch.now()

@@ -38,10 +38,10 @@ def show_sweep(records: Sequence[Mapping[str, Any]], console: Console) -> None:
         table.add_column(key, overflow="fold")
     names = _main_metrics(records)
     for name in names:
-        table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
+        table.add_column(name.replace("_", "\n"), justify="right", overflow="fold")
     if any(record["cost"] for record in records):
         for title in ("latency\nms", "against\nexact", "attention\nGFLOP"):
-            table.add_column(title, justify="right", no_wrap=True)
+            table.add_column(title, justify="right", overflow="fold")
     for record, config in zip(records, configs, strict=True):
         row = [str(config.get(key, "-")) for key in [*keys, *extra]]
         row += [_number(record["metrics"].get(name)) for name in names]
@@ -75,19 +75,32 @@ def _heading(record: Mapping[str, Any]) -> Text:
     return text
 
 
-def _metrics(metrics: Mapping[str, float]) -> Table:
+def _metrics(metrics: Mapping[str, float]) -> Group:
+    layered: dict[str, dict[str, float]] = {}
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric")
     table.add_column("value", justify="right")
-    layers = {key: value for key, value in metrics.items() if "/" in key}
     for name, value in metrics.items():
-        if name not in layers and name != "n":
+        if "/" in name:
+            fact, _, block = name.partition("/")
+            layered.setdefault(block, {})[fact] = value
+        elif name != "n":
             table.add_row(name.replace("_", " "), _number(value))
-    groups = {key.split("/")[0] for key in layers}
-    for group in sorted(groups):
-        values = [value for key, value in layers.items() if key.startswith(group)]
-        last, worst = _number(values[-1]), _number(max(values))
-        table.add_row(f"{group.replace('_', ' ')}, last block (worst)", f"{last} ({worst})")
+    parts = [table] if table.row_count else []
+    if layered:
+        parts.append(_layers(layered))
+    return Group(*parts)
+
+
+def _layers(layered: Mapping[str, Mapping[str, float]]) -> Table:
+    """One row a block, one column a fact."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("block", justify="right")
+    facts = list(dict.fromkeys(fact for row in layered.values() for fact in row))
+    for fact in facts:
+        table.add_column(fact.replace("_", "\n"), justify="right", overflow="fold")
+    for block, row in sorted(layered.items()):
+        table.add_row(str(int(block)), *(f"{row[f]:.3g}" if f in row else "-" for f in facts))
     return table
 
 
