@@ -28,7 +28,9 @@ def print_help(conf: Path, console: Console) -> None:
             default = f"  [dim]default: {defaults[group]}[/]" if group in defaults else ""
             console.print(f"[bold]{group}=[/]{default}", highlight=False)
         for path in options:
-            console.print(f"  {path.stem:19}{first_comment(path)}", highlight=False, soft_wrap=True)
+            console.print(
+                f"  {path.stem:19}{first_comment(path)}", highlight=False, soft_wrap=True
+            )
     console.print("[bold]other settings[/]")
     for key, value, comment in _settings(conf / "config.yaml"):
         text = f"{key}={value}"

@@ -164,13 +164,17 @@ class Pretraining(L.LightningModule):
         self.steps = steps
         self.floor = floor
 
+    @property
+    def _visual(self) -> Any:
+        return self.model.visual
+
     def on_fit_start(self) -> None:
         """Make the vision tower return its patch tokens too."""
-        self.model.visual.output_tokens = True
+        self._visual.output_tokens = True
 
     def on_fit_end(self) -> None:
         """Give the tower back as it was."""
-        self.model.visual.output_tokens = False
+        self._visual.output_tokens = False
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
         """Cross-entropies to the uniform distribution over the true partners.
@@ -178,9 +182,9 @@ class Pretraining(L.LightningModule):
         Picture to all texts, text to all pictures, picture to the attributes of each group, and
         every patch of an object to the captions of the shapes.
         """
-        pooled, tokens = self.model.visual(batch["image"])
+        pooled, tokens = self._visual(batch["image"])
         image = F.normalize(pooled.float(), dim=-1)
-        patches = F.normalize((tokens @ self.model.visual.proj).float(), dim=-1)
+        patches = F.normalize((tokens @ self._visual.proj).float(), dim=-1)
         text = F.normalize(self.model.encode_text(batch["text"]).float(), dim=-1)
         scale = self.model.logit_scale.clamp(max=math.log(100)).exp()
         logits, true = scale * image @ text.mT, batch["true"].float()
@@ -241,10 +245,9 @@ def held_out_accuracy(model: CLIP, *, img_size: int, count: int = 600) -> dict[s
     features = torch.cat([model.encode_image(x, normalize=True) for x in images.split(50)])
     for place, name in enumerate(("shape", "colour", "size", "texture")):
         texts = [caption(claim) for claim in single_claims()[place]]
-        words = sum(
-            model.encode_text(tokenize([prefix + text for text in texts]), normalize=True)
-            for prefix in PREFIXES
-        )
+        words = torch.stack(
+            [model.encode_text(tokenize([p + text for text in texts]), True) for p in PREFIXES]
+        ).sum(0)
         guess = (features @ F.normalize(words, dim=-1).mT).argmax(1)
         truth = torch.tensor(
             [GROUPS[place].index(scene.things[0].attributes[place]) for scene in scenes]

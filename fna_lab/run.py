@@ -40,8 +40,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         ValueError: settings that do not fit each other, naming the setting and the value.
     """
     begin = time.time()
-    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    assert isinstance(config, dict)
+    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     backbone: Backbone = build(cfg.backbone)
     data: PictureData = build(cfg.data, transform=backbone.transform)
@@ -108,9 +107,7 @@ def plan(cfg: DictConfig, backbone: Backbone) -> tuple[Patch, Patch]:
         mask_layers=masked,
         detect=min(anatomy.detect, masked[0]) if mask.detect is None else mask.detect,
     )
-    exact = patch(
-        backbone.host, "exact", layers=patched.attn_layers, blocks=backbone.blocks_path
-    )
+    exact = patch(backbone.host, "exact", layers=patched.attn_layers, blocks=backbone.blocks_path)
     exact.enabled = False
     return patched, exact
 

@@ -67,7 +67,12 @@ def test_a_run_leaves_its_record_and_samples(capsys: pytest.CaptureFixture[str])
     assert [row["index"] for row in rows] == list(range(6))
     right = sum(row["knn3_correct"] for row in rows) / 6
     assert right == pytest.approx(record["metrics"]["knn3_accuracy"])
-    assert {p.name for p in done.iterdir()} == {".hydra", "run.log", "metrics.json", "samples.parquet"}
+    assert {p.name for p in done.iterdir()} == {
+        ".hydra",
+        "run.log",
+        "metrics.json",
+        "samples.parquet",
+    }
     said = capsys.readouterr().out
     assert "fna in blocks 4-7" in said and "num_landmarks=32" in said
     assert "knn3 accuracy" in said and "peak memory (MiB)" in said
@@ -126,7 +131,9 @@ BAD = {
     "unset setting": (["data=folder"], "data.root is not set"),
     "layers beyond the depth": (["attn.layers=4-9"], "attn.layers='4-9': block 8 does not exist"),
     "mask layers beyond the depth": (["mask=type1", "mask.layers=[8]"], "mask.layers="),
-    "detection after the mask": (["mask=type1", "mask.detect=6", "mask.layers=5-7"], "mask.detect=6"),
+    "detection after the mask": (
+        ["mask=type1", "mask.detect=6", "mask.layers=5-7"], "mask.detect=6"
+    ),
     "too many landmarks": (
         ["attn=fna", "attn.num_landmarks=198"],
         "attn.num_landmarks=198: more landmarks than the 197 tokens",

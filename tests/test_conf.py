@@ -66,7 +66,9 @@ def parents_of(target: type) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("option", [o for o in OPTIONS if o.rpartition("/")[0] in ("data", "task")])
+@pytest.mark.parametrize(
+    "option", [o for o in OPTIONS if o.rpartition("/")[0] in ("data", "task")]
+)
 def test_settings_behind_keywords_exist(option: str) -> None:
     node = composed(option)
     settings = {key for key in node if not key.startswith("_")}

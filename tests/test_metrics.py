@@ -75,7 +75,9 @@ def test_layer_error_is_the_mean_over_pictures() -> None:
     errors = relative_errors(exact, patched)
     wanted = [
         [np.linalg.norm(p[i] - e[i]) / np.linalg.norm(e[i]) for i in range(5)]
-        for e, p in ((e.double().numpy(), p.double().numpy()) for e, p in zip(exact, patched))
+        for e, p in zip(
+            [x.double().numpy() for x in exact], [x.double().numpy() for x in patched], strict=True
+        )
     ]
     metric = LayerError(3)
     metric.update(errors[:2])

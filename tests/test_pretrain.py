@@ -69,9 +69,9 @@ def test_patch_shapes_are_those_of_the_segmentation() -> None:
 def test_training_writes_weights_that_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["pretrain", "--stages", "24:3,32:2", "--batch-size", "8", "--count", "12", "--cpu",
-               "--workers", "0", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", command)
+    small = "--stages 24:3,32:2 --batch-size 8 --count 12 --workers 0 --cpu".split()
+    folders = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    monkeypatch.setattr(sys, "argv", ["pretrain", *small, *folders])
     pretrain.main()
     facts = json.loads((tmp_path / "out" / "fna_tiny.json").read_text())
     assert [stage["img_size"] for stage in facts["stages"]] == [24, 32]

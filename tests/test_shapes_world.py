@@ -36,7 +36,9 @@ def test_no_composition_occurs_in_two_splits() -> None:
     }
     for split, compositions in seen.items():
         assert all(split_of(composition) == split for composition in compositions)
-    assert not seen["train"] & seen["val"] | seen["train"] & seen["test"] | seen["val"] & seen["test"]
+    assert (
+        not seen["train"] & seen["val"] | seen["train"] & seen["test"] | seen["val"] & seen["test"]
+    )
 
 
 def test_the_order_of_objects_does_not_move_a_composition_between_splits() -> None:

@@ -84,7 +84,9 @@ def test_fidelity_equals_the_comparison_by_hand(backbone: Backbone) -> None:
     assert found["cls_cosine"] < 1 - 2e-6
     errors = [found[f"layer_error/{i:02d}"] for i in range(12)]
     assert max(errors[:6]) == 0 and min(errors[6:]) > 0
-    assert [row["cls_cosine"] for row in task.rows] == pytest.approx(cosines[:, 0].tolist(), abs=1e-6)
+    assert [row["cls_cosine"] for row in task.rows] == pytest.approx(
+        cosines[:, 0].tolist(), abs=1e-6
+    )
     assert task.costs["exact_total_ms"] and task.costs["patched_selection_ms"]
     # The clock leaves the model as it found it.
     with torch.no_grad():

@@ -97,7 +97,7 @@ class AttentionVariant(ABC):
         del channels
         return layers * ops.attention_flops(tokens, heads, head_dim)
 
-    def check_tokens(self, tokens: int) -> None:  # noqa: ARG002
+    def check_tokens(self, tokens: int) -> None:  # noqa: ARG002, B027 (most need no check)
         """Refuse, before any data is read, pictures of too few tokens.
 
         Raises:

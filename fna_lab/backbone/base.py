@@ -91,6 +91,7 @@ class Backbone(nn.Module):
     """
 
     has_text = False
+    host: Any  # a class of another library
 
     def __init__(
         self,
@@ -139,7 +140,7 @@ class Backbone(nn.Module):
         raise NotImplementedError(f"backbone={self.name} has no text tower.")
 
     @property
-    def blocks(self) -> list[nn.Module]:
+    def blocks(self) -> list[Any]:
         """The host's transformer blocks, in order."""
         return find_blocks(self.host, self.blocks_path)[1]
 

@@ -24,7 +24,9 @@ def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
     Raises:
         ValueError: there is no such list, or the path does not lead to one.
     """
-    lists = {name: list(module) for name, module in model.named_modules() if _is_list(module)}
+    lists = {
+        name: list(module.children()) for name, module in model.named_modules() if _is_list(module)
+    }
     if path is not None:
         if path not in lists:
             near = ", ".join(lists) or "none"

@@ -65,7 +65,7 @@ class OpenClipBackbone(Backbone):
         if patch_size is not None and img_size is not None:
             check_img_size(img_size, patch_size)
         facts = open_clip.get_pretrained_cfg(name, pretrained_tag) if pretrained_tag else {}
-        host = _create(name, pretrained_tag, pretrained, checkpoint, img_size)
+        host: Any = _create(name, pretrained_tag, pretrained, checkpoint, img_size)
         super().__init__(
             host,
             name=name if pretrained_tag is None else f"{name}/{pretrained_tag}",
@@ -135,7 +135,7 @@ class OpenClipBackbone(Backbone):
         return int(visual.conv1.out_channels)
 
     @staticmethod
-    def _patch_size(host: nn.Module) -> int:
+    def _patch_size(host: Any) -> int:
         visual = host.visual
         if hasattr(visual, "trunk"):
             return _side(visual.trunk.patch_embed.patch_size)
@@ -165,7 +165,7 @@ def _create(
         raise explain_missing_weights(name, error) from error
 
 
-def _load(host: nn.Module, checkpoint: str) -> nn.Module:
+def _load(host: Any, checkpoint: str) -> nn.Module:
     load_checkpoint(host, checkpoint, strict=True, weights_only=True)
     return host
 

@@ -152,6 +152,7 @@ def _multi_head(
             f"Block {where}: nn.MultiheadAttention is asked for weights, a zero key, a padding "
             "mask or causality; expected plain self-attention with need_weights=False."
         )
+    assert in_proj_weight is not None  # `plain` says so
     packed = F.linear(query, in_proj_weight, in_proj_bias)  # [n b 3*c]
     packed = packed.unflatten(-1, (3, num_heads, -1)).permute(2, 1, 3, 0, 4)  # [3 b h n d]
     if attn_mask is not None and attn_mask.ndim == 3:

@@ -54,7 +54,7 @@ class TimmBackbone(Backbone):
             )
         if patch_size is not None and img_size is not None:
             check_img_size(img_size, patch_size)
-        host = _create(name, pretrained, checkpoint, img_size)
+        host: Any = _create(name, pretrained, checkpoint, img_size)
         patch = _side(host.patch_embed.patch_size)
         if patch_size not in (None, patch):
             raise ValueError(
@@ -119,7 +119,7 @@ def _create(
         # timm's own loader renames the keys of the original releases and resamples positions.
         state = read_checkpoint(checkpoint)
         overlay = {"state_dict": state}
-        host = load_fitting(
+        host: Any = load_fitting(
             lambda: timm.create_model(
                 name, pretrained=True, pretrained_cfg_overlay=overlay, **settings
             ),

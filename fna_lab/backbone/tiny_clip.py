@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import torch
-from open_clip.model import CLIP
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor
 
 PATCH_SIZE = 8
@@ -57,14 +57,14 @@ def build_clip(
     """The untrained pair: a ViT with CLS and 8-pixel patches, and a small text tower."""
     return CLIP(
         width,
-        vision_cfg=dict(
+        vision_cfg=CLIPVisionCfg(
             image_size=img_size,
             layers=depth,
             width=width,
             head_width=width // heads,
             patch_size=PATCH_SIZE,
         ),
-        text_cfg=dict(
+        text_cfg=CLIPTextCfg(
             context_length=CONTEXT_LENGTH,
             vocab_size=WordTokenizer().vocab_size,
             width=text_width,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class TransformersBackbone(Backbone):
         crop_pct: float = 1.0,
         anatomy: Anatomy | Mapping[str, int] | None = None,
     ) -> None:
-        host = _create(name, pretrained)
+        host: Any = _create(name, pretrained)
         config = host.config
         if img_size is not None:
             check_img_size(img_size, config.patch_size)
@@ -67,7 +68,7 @@ class TransformersBackbone(Backbone):
             tokens = self._run(torch.zeros(1, 3, side, side, device=device)).last_hidden_state
         self._prefix = tokens.shape[1] - self.grid[0] * self.grid[1]
 
-    def _run(self, images: Tensor) -> object:
+    def _run(self, images: Tensor) -> Any:
         native = images.shape[-1] == self.host.config.image_size
         # Models with learned positions resample them on request; the others need no request.
         learned = "interpolate_pos_encoding" in inspect.signature(self.host.forward).parameters
@@ -125,6 +126,7 @@ def _create(name: str, pretrained: bool) -> nn.Module:
             raise ValueError(f"backbone.name={name}: {type(config).__name__} is no vision model.")
         if not pretrained:
             return AutoModel.from_config(config, attn_implementation="sdpa")
-        return MODEL_MAPPING[type(config)].from_pretrained(name, attn_implementation="sdpa")
+        kind: Any = MODEL_MAPPING[type(config)]
+        return kind.from_pretrained(name, attn_implementation="sdpa")
     except (OSError, ConnectionError) as error:
         raise explain_missing_weights(name, error) from error

@@ -74,7 +74,7 @@ class FolderData(PictureData):
     def _class_of(self, path: Path) -> str:
         if not self.labels:
             return ""
-        parts = path.relative_to(self.root).parts
+        parts = list(path.relative_to(self.root).parts)
         if len(parts) < 2:
             raise ValueError(
                 f"data.labels=true: {parts[0]} lies in no class folder of data.root={self.root}."

@@ -139,6 +139,7 @@ class ImageNetData(PictureData):
             raise ImportError(
                 "data.source=hf needs the package datasets: pip install 'fna-lab[hf]'."
             ) from error
+        table: Any
         try:
             local = Path(self.dataset)
             if (local / "dataset_dict.json").exists():

@@ -1,10 +1,14 @@
-"""Accuracy, and its mean over classes."""
+"""Accuracy, its mean over classes, and the guesses of nearest neighbours."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+from fna_lab import ops
 
 
 class ClassAccuracy(Metric):
@@ -40,3 +44,29 @@ class ClassAccuracy(Metric):
             return self.hits.sum().double() / self.count.sum()
         seen = self.count > 0
         return (self.hits[seen].double() / self.count[seen]).mean()
+
+
+def knn_guesses(
+    features: Tensor,
+    bank: tuple[Tensor, Tensor],
+    *,
+    num_classes: int,
+    ks: Sequence[int],
+    temperature: float,
+) -> dict[str, Tensor]:
+    """Classes by the weighted votes of the k nearest neighbours, for every k.
+
+    Args:
+        features: unit vectors `[b c]`.
+        bank: unit vectors `[m c]` and their classes `[m]`.
+        num_classes: number of classes.
+        ks: numbers of neighbours.
+        temperature: of the votes.
+
+    Returns:
+        `{"knn<k>": long [b]}`.
+    """
+    votes = ops.knn_probabilities(
+        features, *bank, num_classes=num_classes, ks=ks, temperature=temperature
+    )
+    return {f"knn{k}": vote.argmax(1) for k, vote in votes.items()}

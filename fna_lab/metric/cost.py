@@ -108,7 +108,11 @@ class TensorBytes(TorchDispatchMode):
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None  # noqa: ARG002
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,  # noqa: ARG002
     ) -> Any:
         """Run an operator; what comes in was there before, what else comes out is new."""
         for tensor in tree_leaves((args, kwargs)):

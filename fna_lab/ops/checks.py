@@ -1,4 +1,4 @@
-"""Argument checks, shared by the public functions of this package."""
+"""Argument checks and defaults, shared by the public functions of this package."""
 
 from __future__ import annotations
 
@@ -57,3 +57,8 @@ def check_index(name: str, value: object, shape: str) -> None:
         raise TypeError(f"Expected {name} to be a long tensor {shape}, got {came}.")
     if value.ndim != 2:
         raise ValueError(f"Expected {name} to have shape {shape}, got {tuple(value.shape)}.")
+
+
+def default_scale(q: Tensor) -> float:
+    """d^-1/2, the factor of the logits where none is given."""
+    return float(q.shape[-1]) ** -0.5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fna_lab.ops.checks import check_bool, check_float
+from fna_lab.ops.checks import check_bool, check_float, default_scale
 
 
 def norm_gap(
@@ -82,7 +82,7 @@ def cls_row(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
     """
     check_float("q", q, 4, "[b h n d]")
     check_float("k", k, 4, "[b h n d]")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = default_scale(q) if scale is None else scale
     wide = torch.promote_types(q.dtype, torch.float32)
     return (scale * (q[:, :, :1].to(wide) @ k.to(wide).mT)).softmax(-1)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fna_lab.ops.checks import check_bool, check_choice, check_index, check_qkv
+from fna_lab.ops.checks import check_bool, check_choice, check_index, check_qkv, default_scale
 from fna_lab.ops.solvers import newton_schulz, ridge_solve
 
 SOLVERS = ("newton_schulz", "ridge", "pinv")
@@ -64,7 +64,7 @@ def nystrom_attention(
         check_bool("keys", keys, (q.shape[0], k.shape[2]))
     if not callable(solver):
         check_choice("solver", solver, SOLVERS)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = default_scale(q) if scale is None else scale
     q_marks, k_marks = gather_tokens(q, landmarks), gather_tokens(k, landmarks)
 
     rows = columns = corner = None

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fna_lab.ops.checks import check_bool, check_choice, check_qkv
+from fna_lab.ops.checks import check_bool, check_choice, check_qkv, default_scale
 
 PATTERNS = (
     "type1",
@@ -105,7 +105,7 @@ def masked_attention(
             f"Expected stage 'sink' with pattern {pattern!r}, got 'mask', which leaves whole rows "
             "without a key."
         )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = default_scale(q) if scale is None else scale
     if pattern not in ("type1", "type2"):
         return _dense(q, k, v, removed_pairs(tokens, pattern), stage, scale, bias)
     keys = None

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fna_lab import ops
-from fna_lab.metric.accuracy import ClassAccuracy
+from fna_lab.metric.accuracy import ClassAccuracy, knn_guesses
 from fna_lab.task.base import Task
 
 log = logging.getLogger(__name__)
@@ -90,17 +89,13 @@ class Classification(Task):
         if self._texts is not None:
             guesses["zero_shot"] = (features @ self._texts.mT).argmax(1)
         if self._bank is not None:
-            bank, labels = self._bank
-            size = len(self.trainer.datamodule.classnames)  # type: ignore[attr-defined]
-            votes = ops.knn_probabilities(
+            guesses |= knn_guesses(
                 features,
-                bank,
-                labels,
-                num_classes=size,
+                self._bank,
+                num_classes=len(self.trainer.datamodule.classnames),  # type: ignore[attr-defined]
                 ks=self.knn_k,
                 temperature=self.temperature,
             )
-            guesses |= {f"knn{k}": vote.argmax(1) for k, vote in votes.items()}
         if "head" in self.protocols:
             guesses["head"] = self.backbone.logits(batch["image"]).argmax(1)
         for name, guess in guesses.items():
