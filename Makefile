@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: env test lint clean
+.PHONY: env demo test lint clean
 
 env: $(VENV)/.done
 
@@ -11,12 +11,16 @@ $(VENV)/.done: pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet -e '.[dev]'
 	touch $@
 
+demo: env  ## builds the environment, then runs the embedded example
+	$(VENV)/bin/python -m fna_lab attn=fna mask=type2
+
 test: env  ## builds the environment, then runs the tests
 	$(VENV)/bin/python -m pytest
 
 lint: env
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
 
 clean:
 	rm -rf $(VENV) outputs

@@ -29,7 +29,7 @@ def show(record: Mapping[str, Any], console: Console) -> None:
 
 def show_sweep(records: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Print finished runs as rows that can be compared: what differs, metrics, cost."""
-    configs = [_flat(record["config"]) for record in records]
+    configs = [flatten(record["config"]) for record in records]
     keys = [key for key in configs[0] if len({config.get(key) for config in configs}) > 1]
     keys = [key for key in keys if key in ("backbone", "attn", "mask", "task", "data")] or keys
     extra = _differing(configs, keys)
@@ -136,14 +136,14 @@ def _said(config: Mapping[str, Any], parts: Sequence[str]) -> str:
     return ", ".join(sorted(said, key=lambda text: text.split(" ")[0] not in parts))
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"attn": "fna", "attn.num_landmarks": 64, ...}` of a nested config."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
             if "_target_" in value:
                 flat[prefix + key] = _name(value)
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         elif not key.startswith("_"):
             flat[prefix + key] = str(value)
     return flat

@@ -24,8 +24,12 @@ class Anatomy(Task):
     `top_on_background` would be if the most attended patch were any patch.
 
     Args:
+        cost: measure latency and memory on the first batch.
         **common: see `Task`.
     """
+
+    def __init__(self, *, cost: bool = False, **common: Any) -> None:
+        super().__init__(cost=cost, **common)
 
     def step(self, batch: dict[str, Any]) -> None:
         """Look at every block of the patched model."""
