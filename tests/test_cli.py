@@ -105,6 +105,12 @@ def test_multirun_goes_on_after_a_failure_and_says_so(
     assert len(run("-m", "attn=exact,fna", "attn.layers=7,6", "force=true", *QUICK)) == 8
 
 
+@pytest.mark.parametrize(("logger", "left"), [("csv", "csv/metrics.csv"), ("wandb", "wandb")])
+def test_loggers_leave_their_files_in_the_run_folder(logger: str, left: str) -> None:
+    (done,) = run(f"logger={logger}", *QUICK)
+    assert (done / left).exists()
+
+
 def nan_weights(folder: Path) -> list[str]:
     model = timm.create_model("vit_tiny_patch16_224")
     state = model.state_dict()

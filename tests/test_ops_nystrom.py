@@ -98,3 +98,47 @@ def test_a_wrong_number_of_points_is_named(num):
 def test_an_unknown_solver_is_named():
     with pytest.raises(ValueError, match="newton_schulz, ridge, pinv, got 'lu'"):
         ops.nystrom_attention(*random_qkv(), torch.zeros(2, 3, dtype=torch.long), solver="lu")
+
+
+@pytest.mark.parametrize("solver", ["newton_schulz", "ridge", "pinv"])
+def test_permuted_tokens_give_permuted_outputs(solver):
+    q, k, v = (torch.randn(2, 3, 40, 8, dtype=torch.float64) for _ in range(3))
+    landmarks = torch.stack([torch.randperm(40)[:7] for _ in range(2)])
+    order = torch.randperm(40)
+    place = order.argsort()  # where each token went
+    out = ops.nystrom_attention(q, k, v, landmarks, solver=solver)
+    moved = ops.nystrom_attention(
+        q[:, :, order], k[:, :, order], v[:, :, order], place[landmarks], solver=solver
+    )
+    torch.testing.assert_close(moved, out[:, :, order])
+
+
+@pytest.mark.parametrize("solver", ["newton_schulz", "ridge", "pinv"])
+def test_gradients_are_those_of_finite_differences(solver):
+    torch.manual_seed(0)
+    qkv = [torch.randn(1, 2, 9, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    landmarks = torch.tensor([[0, 3, 5, 8]])
+
+    def run(*args):
+        return ops.nystrom_attention(*args, landmarks, solver=solver, iters=4)
+
+    assert torch.autograd.gradcheck(run, qkv, eps=1e-6, atol=1e-5)
+
+
+def test_farthest_points_follow_their_tokens_and_not_their_mates():
+    points = torch.randn(3, 50, 6, dtype=torch.float64)
+    start = torch.tensor([4, 0, 17])
+    picks = ops.farthest_points(points, 12, start=start)
+    order = torch.randperm(50)
+    moved = ops.farthest_points(points[:, order], 12, start=order.argsort()[start])
+    assert torch.equal(order[moved], picks)
+    alone = ops.farthest_points(points[1:2], 12, start=start[1:2])
+    assert torch.equal(alone, picks[1:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [0.0, 1e-4, 1.0, 1e4])
+def test_farthest_points_of_extreme_points_are_distinct(dtype, size):
+    points = (size * torch.randn(2, 30, 16)).to(dtype)
+    picks = ops.farthest_points(points, 10)
+    assert all(len(set(row.tolist())) == 10 for row in picks)
