@@ -1,6 +1,7 @@
 """Tensor functions: attention, Nystroem attention, farthest points, patterns, detectors, cost."""
 
 from fna_lab.ops.attention import attention
+from fna_lab.ops.choices import cluster_medoids, grid_cells, leverage_scores, segment_centres
 from fna_lab.ops.cost import (
     attention_flops,
     break_even_tokens,
@@ -37,11 +38,14 @@ __all__ = [
     "break_even_tokens",
     "cls_proxy",
     "cls_row",
+    "cluster_medoids",
     "farthest_points",
     "farthest_points_flops",
     "gather_tokens",
+    "grid_cells",
     "incoming",
     "knn_probabilities",
+    "leverage_scores",
     "masked_attention",
     "newton_schulz",
     "norm_gap",
@@ -52,6 +56,7 @@ __all__ = [
     "removed_pairs",
     "restore_own_rows",
     "ridge_solve",
+    "segment_centres",
     "subset_attention",
     "subset_flops",
     "suppression",

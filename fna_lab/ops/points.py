@@ -25,9 +25,10 @@ def farthest_points(
         points: `[b n c]`.
         num: how many to take, the given ones included, 1 to n.
         start: the first point of each set, long `[b]`; None = the first allowed point.
-        first: several points to take first, long `[b g]`; instead of `start`.
-        allowed: bool `[b n]`, False = never taken: such a point of `first` gives way to a
-            farthest one. Where fewer than `num` points are allowed, picks repeat.
+        first: several points to take first, long `[b g]`; instead of `start`. One that was
+            taken before, or is not allowed, gives way to a farthest one.
+        allowed: bool `[b n]`, False = never taken. Where fewer than `num` points are allowed,
+            picks repeat.
         sketch: project the points to so many random dimensions first (seed 0), which costs
             less and keeps distances on average; None = as they are.
 
@@ -75,13 +76,17 @@ def _sample(points: Tensor, num: int, first: Tensor, allowed: Tensor | None) -> 
     picks = first.new_empty((batch, num))
     distance: Tensor | None = None
     for i in range(num):
-        given = first[:, i] if i < first.shape[1] else None
-        if given is None or allowed is not None:
-            farthest = (allowed.int() if distance is None else distance).argmax(1)  # pyright: ignore
-            if given is None:
-                given = farthest
-            else:
-                given = torch.where(allowed.gather(1, given[:, None])[:, 0], given, farthest)  # pyright: ignore
+        if i >= first.shape[1]:
+            assert distance is not None  # `first` holds at least one point
+            given = distance.argmax(1)
+        elif distance is not None or allowed is not None:
+            # Negative where a point was taken before, or must not be.
+            room = distance if distance is not None else allowed.float() - 1  # pyright: ignore
+            given = first[:, i]
+            free = room.gather(1, given[:, None])[:, 0] >= 0
+            given = torch.where(free, given, room.argmax(1))
+        else:
+            given = first[:, i]
         picks[:, i] = given
         current = given[:, None, None].expand(-1, 1, channels)
         # Direct differences: equal points are at distance 0 exactly, so that ties are ties.

@@ -49,7 +49,7 @@ class GridFarthestPointLandmarks(LandmarkSampler):
                 "attn/landmarks=grid_fps needs the patch grid, which this host does not show; "
                 "use attn/landmarks=fps."
             )
-        cells = _cells(grid, min(int(self.share * num), num - guaranteed.shape[1]))
+        cells = ops.grid_cells(grid, min(int(self.share * num), num - guaranteed.shape[1]))
         cells = torch.tensor(cells, device=points.device, dtype=torch.long) + num_prefix_tokens
         first = torch.cat([guaranteed, cells.expand(points.shape[0], -1)], dim=1)
         return ops.farthest_points(points, num, first=first, allowed=allowed, sketch=self.sketch)
@@ -57,15 +57,3 @@ class GridFarthestPointLandmarks(LandmarkSampler):
     def flops(self, tokens: int, channels: int, num: int) -> int:
         """FLOPs of the farthest points of one picture."""
         return ops.farthest_points_flops(tokens, min(channels, self.sketch or channels), num)
-
-
-def _cells(grid: tuple[int, int], num: int) -> list[int]:
-    """At most `num` patch indices at the centres of a regular grid, in row order."""
-    rows, columns = grid
-    down = min(rows, round((num * rows / columns) ** 0.5))
-    across = min(columns, num // down) if down else 0
-    return [
-        int((i + 0.5) * rows / down) * columns + int((j + 0.5) * columns / across)
-        for i in range(down)
-        for j in range(across)
-    ]

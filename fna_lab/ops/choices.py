@@ -1,0 +1,107 @@
+"""Ways to choose landmark tokens beside farthest points."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fna_lab.ops.checks import check_bool, check_float, check_index
+
+
+def grid_cells(grid: tuple[int, int], num: int) -> list[int]:
+    """Patch indices at the centres of a regular grid of at most `num` cells, in row order.
+
+    Args:
+        grid: (rows, columns) of the patch tokens.
+        num: most cells.
+
+    Returns:
+        At most `num` indices; fewer where no grid of the picture's aspect has exactly `num` cells.
+    """
+    rows, columns = grid
+    down = min(rows, round((num * rows / columns) ** 0.5))
+    across = min(columns, num // down) if down else 0
+    return [
+        int((i + 0.5) * rows / down) * columns + int((j + 0.5) * columns / across)
+        for i in range(down)
+        for j in range(across)
+    ]
+
+
+def segment_centres(allowed: Tensor, num: int) -> Tensor:
+    """The middle token of each of `num` equal segments of the allowed tokens, in their order.
+
+    Args:
+        allowed: bool `[b n]`, at least one True a row.
+        num: number of segments; with fewer allowed tokens than that, centres repeat.
+
+    Returns:
+        Long `[b num]`.
+
+    Source: the segments of Xiong et al. 2021 (Nystroemformer).
+    """
+    check_bool("allowed", allowed, tuple(allowed.shape))
+    count = allowed.cumsum(1)
+    place = (torch.arange(num, device=allowed.device) + 0.5) / num
+    wanted = (place * count[:, -1:]).long().clamp_(max=allowed.shape[1] - 1) + 1
+    return torch.searchsorted(count, torch.minimum(wanted, count[:, -1:]))
+
+
+def cluster_medoids(points: Tensor, seeds: Tensor, *, allowed: Tensor, steps: int = 3) -> Tensor:
+    """The token nearest to the mean of each cluster, after a few steps of k-means.
+
+    Clusters have no token in common, so that medoids are distinct wherever seeds are.
+
+    Args:
+        points: `[b n c]`.
+        seeds: tokens whose points are the first means, long `[b m]`.
+        allowed: bool `[b n]`, False = in no cluster.
+        steps: Lloyd steps.
+
+    Returns:
+        Long `[b m]`; a cluster that ran empty keeps its seed.
+
+    Source: Lloyd 1982.
+    """
+    check_float("points", points, 3, "[b n c]")
+    check_index("seeds", seeds, "[b m]")
+    points = points.to(torch.promote_types(points.dtype, torch.float32))
+    means = points.gather(1, seeds[..., None].expand(-1, -1, points.shape[2]))
+    for step in range(steps + 1):
+        distance = torch.cdist(points, means)  # [b n m]
+        nearest = distance.argmin(2)
+        member = torch.nn.functional.one_hot(nearest, seeds.shape[1]).bool() & allowed[..., None]
+        if step == steps:
+            break
+        weight = member.to(points.dtype)
+        total = weight.sum(1)[..., None]
+        means = torch.where(total > 0, weight.mT @ points / total.clamp(min=1), means)
+    medoids = distance.masked_fill(~member, torch.inf).argmin(1)
+    return torch.where(member.any(1), medoids, seeds)
+
+
+def leverage_scores(
+    points: Tensor, *, ridge: float = 1e-2, allowed: Tensor | None = None
+) -> Tensor:
+    """Ridge leverage of each point, x' (X'X + lambda n mean(|x|^2) / c I)^-1 x.
+
+    Args:
+        points: `[b n c]`.
+        ridge: lambda, relative to the mean eigenvalue of X'X.
+        allowed: bool `[b n]`, False = left out, with score 0; None = all.
+
+    Returns:
+        `[b n]`, each from 0 to 1.
+
+    Source: Alaoui and Mahoney 2015, with a linear kernel.
+    """
+    check_float("points", points, 3, "[b n c]")
+    points = points.to(torch.promote_types(points.dtype, torch.float32))
+    if allowed is not None:
+        points = points.masked_fill(~allowed[..., None], 0)
+    gram = points.mT @ points
+    level = gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp(min=1e-12)
+    gram = gram + torch.diag_embed((ridge * level).expand(-1, gram.shape[-1]))
+    factor = torch.linalg.cholesky(gram)
+    half = torch.linalg.solve_triangular(factor, points.mT, upper=False)
+    return half.square().sum(1)
