@@ -119,7 +119,8 @@ def test_leverage_equals_its_definition():
 def test_medoids_of_clear_clusters_are_one_token_each():
     centres = 100 * torch.eye(6)
     label = torch.arange(36) % 6
-    points = (centres[label] + torch.randn(36, 6, generator=torch.Generator().manual_seed(0)))[
+    noise = torch.randn(36, 6, generator=torch.Generator().manual_seed(0))
+    points = (centres[label] + noise)[
         None
     ]
     seeds = torch.arange(6)[None]

@@ -117,12 +117,84 @@ class AttentionVariant(ABC):
             )
 
 
-class LandmarkAttention(AttentionVariant):
+class KeyMaskedAttention(AttentionVariant):
+    """Attention over kept keys; the part that approximations share.
+
+    It turns padding and removed tokens into one set of keys that may be attended to, hands the
+    rest to `attend`, and puts right the rows of tokens of T that still see themselves (`type2`),
+    exactly and for O(|T| n d).
+    """
+
+    patterns = ("type1", "type2")
+
+    @abstractmethod
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: Context,
+        *,
+        keys: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Attend to kept keys.
+
+        Args:
+            q: queries `[b h n d]`.
+            k: keys `[b h n d]`.
+            v: values `[b h n d]`.
+            context: of the block.
+            keys: bool `[b n]`, True = may be attended to; None = all.
+            bias: added to the logits, `[b|1 h|1 n n]`; None = nothing.
+        """
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """Attend: `[b h n d]` x3 -> `[b h n d]`."""
+        padding, bias = self._split(context.attn_mask, q)
+        removal = context.removal
+        keys = padding
+        if context.removed is not None:
+            keys = ~context.removed if keys is None else keys & ~context.removed
+        sunk = removal is not None and removal.stage == "sink"
+        values = v.masked_fill(removal.tokens[:, None, :, None], 0) if removal and sunk else v
+        out = self.attend(q, k, values, context, keys=keys, bias=bias)
+        if removal is None or removal.pattern == "type1":
+            return out
+        return ops.restore_own_rows(
+            out,
+            q,
+            k,
+            v,
+            removal.rows,
+            removal.valid,
+            stage=removal.stage,
+            scale=context.scale,
+            keys=keys,
+            bias=bias,
+        )
+
+    def _split(self, attn_mask: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The host's mask as (keys that may be attended to `[b n]`, bias of the logits)."""
+        if attn_mask is None:
+            return None, None
+        if attn_mask.ndim == 4 and attn_mask.shape[1] == attn_mask.shape[2] == 1:
+            keys = attn_mask[:, 0, 0]
+            keys = keys if keys.dtype == torch.bool else torch.isfinite(keys)
+            return keys.expand(q.shape[0], -1), None
+        if attn_mask.dtype == torch.bool:
+            raise NotImplementedError(
+                f"attn={self.name} cannot honour the host's attention mask of shape "
+                f"{tuple(attn_mask.shape)}: expected a padding mask [b 1 1 n] or a float bias."
+            )
+        return None, attn_mask
+
+
+class LandmarkAttention(KeyMaskedAttention):
     """Attention through a few landmark tokens; the part that its variants share.
 
-    It chooses landmarks, hands them to `approximate`, and honours masks around it: removed or
-    padded keys never become landmarks and never receive weight, and a token of T that still sees
-    itself (`type2`) has its own row put right exactly, which costs O(|T| n d).
+    It chooses landmarks and hands them to `approximate`; removed or padded keys never become
+    landmarks and never receive weight.
 
     Args:
         landmarks: the sampler.
@@ -135,8 +207,6 @@ class LandmarkAttention(AttentionVariant):
     Raises:
         ValueError: a setting is out of range.
     """
-
-    patterns = ("type1", "type2")
 
     def __init__(
         self,
@@ -183,31 +253,19 @@ class LandmarkAttention(AttentionVariant):
             bias: added to the logits, `[b|1 h|1 n n]`; None = nothing.
         """
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        """Attend: `[b h n d]` x3 -> `[b h n d]`."""
-        padding, bias = self._split(context.attn_mask, q)
-        removal = context.removal
-        keys = padding
-        if context.removed is not None:
-            keys = ~context.removed if keys is None else keys & ~context.removed
-        sunk = removal is not None and removal.stage == "sink"
-        values = v.masked_fill(removal.tokens[:, None, :, None], 0) if removal and sunk else v
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: Context,
+        *,
+        keys: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Choose landmarks and attend through them."""
         picks = self.choose(q, k, keys, context)
-        out = self.approximate(q, k, values, picks, scale=context.scale, keys=keys, bias=bias)
-        if removal is None or removal.pattern == "type1":
-            return out
-        return ops.restore_own_rows(
-            out,
-            q,
-            k,
-            v,
-            removal.rows,
-            removal.valid,
-            stage=removal.stage,
-            scale=context.scale,
-            keys=keys,
-            bias=bias,
-        )
+        return self.approximate(q, k, v, picks, scale=context.scale, keys=keys, bias=bias)
 
     @abstractmethod
     def layer_flops(self, tokens: int, heads: int, head_dim: int) -> int:
@@ -259,18 +317,3 @@ class LandmarkAttention(AttentionVariant):
         if context.stopwatch:
             context.stopwatch.note("selection", begin)
         return context.shared[slot]
-
-    def _split(self, attn_mask: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The host's mask as (keys that may be attended to `[b n]`, bias of the logits)."""
-        if attn_mask is None:
-            return None, None
-        if attn_mask.ndim == 4 and attn_mask.shape[1] == attn_mask.shape[2] == 1:
-            keys = attn_mask[:, 0, 0]
-            keys = keys if keys.dtype == torch.bool else torch.isfinite(keys)
-            return keys.expand(q.shape[0], -1), None
-        if attn_mask.dtype == torch.bool:
-            raise NotImplementedError(
-                f"attn={self.name} cannot honour the host's attention mask of shape "
-                f"{tuple(attn_mask.shape)}: expected a padding mask [b 1 1 n] or a float bias."
-            )
-        return None, attn_mask

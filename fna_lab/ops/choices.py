@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab.ops.checks import check_bool, check_float, check_index
@@ -67,17 +68,21 @@ def cluster_medoids(points: Tensor, seeds: Tensor, *, allowed: Tensor, steps: in
     check_index("seeds", seeds, "[b m]")
     points = points.to(torch.promote_types(points.dtype, torch.float32))
     means = points.gather(1, seeds[..., None].expand(-1, -1, points.shape[2]))
-    for step in range(steps + 1):
-        distance = torch.cdist(points, means)  # [b n m]
-        nearest = distance.argmin(2)
-        member = torch.nn.functional.one_hot(nearest, seeds.shape[1]).bool() & allowed[..., None]
-        if step == steps:
-            break
+    distance, member = _clusters(points, means, allowed)
+    for _ in range(steps):
         weight = member.to(points.dtype)
         total = weight.sum(1)[..., None]
         means = torch.where(total > 0, weight.mT @ points / total.clamp(min=1), means)
+        distance, member = _clusters(points, means, allowed)
     medoids = distance.masked_fill(~member, torch.inf).argmin(1)
     return torch.where(member.any(1), medoids, seeds)
+
+
+def _clusters(points: Tensor, means: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    """Distances `[b n m]`, and which token belongs to which mean, bool `[b n m]`."""
+    distance = torch.cdist(points, means)
+    member = F.one_hot(distance.argmin(2), means.shape[1]).bool()
+    return distance, member & allowed[..., None]
 
 
 def leverage_scores(

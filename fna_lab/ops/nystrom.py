@@ -80,18 +80,68 @@ def nystrom_attention(
         repeated = _repeated(landmarks)
         columns = _only(~repeated, columns)
 
+    def solve(kernel: Tensor, values: Tensor) -> Tensor:
+        return _solve(kernel, values, solver, iters, ridge)
+
+    return nystrom_chain(
+        q,
+        k,
+        v,
+        q_marks,
+        k_marks,
+        solve,
+        scale=scale,
+        rows=rows,
+        columns=columns,
+        corner=corner,
+        dead=repeated,
+    )
+
+
+def nystrom_chain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_marks: Tensor,
+    k_marks: Tensor,
+    solve: Callable[[Tensor, Tensor], Tensor],
+    *,
+    scale: float,
+    rows: Tensor | None = None,
+    columns: Tensor | None = None,
+    corner: Tensor | None = None,
+    dead: Tensor | None = None,
+) -> Tensor:
+    """The three products of Nystroem attention, for landmarks given as vectors.
+
+    Args:
+        q: queries `[b h n d]`.
+        k: keys `[b h n d]`.
+        v: values `[b h n d]`.
+        q_marks: landmark queries `[b h m d]`.
+        k_marks: landmark keys `[b h m d]`.
+        solve: (A `[b h m m]`, B `[b h m d]`) -> Z(A) B.
+        scale: factor of the logits.
+        rows: `attn_mask` of landmark queries x keys, broadcastable to `[b h m n]`.
+        columns: `attn_mask` of queries x landmark keys, broadcastable to `[b h n m]`.
+        corner: added to the logits of A, broadcastable to `[b h m m]`.
+        dead: landmarks that stand for nothing, bool `[b m]`; `columns` must leave them out too.
+
+    Returns:
+        `[b h n d]`.
+    """
     gathered = F.scaled_dot_product_attention(q_marks, k, v, attn_mask=rows, scale=scale)
     with _full_precision(q):
         wide = torch.promote_types(q.dtype, torch.float32)
         logits = scale * (q_marks.to(wide) @ k_marks.to(wide).mT)
         logits = logits if corner is None else logits + corner
         gathered = gathered.to(wide)
-        if repeated is not None:
-            logits = logits.masked_fill(repeated[:, None, None], -torch.inf)
+        if dead is not None:
+            logits = logits.masked_fill(dead[:, None, None], -torch.inf)
             alone = torch.full_like(logits[0, 0], -torch.inf).fill_diagonal_(0)
-            logits = torch.where(repeated[:, None, :, None], alone, logits)
-            gathered = gathered.masked_fill(repeated[:, None, :, None], 0)
-        solved = _solve(logits.softmax(-1), gathered, solver, iters, ridge).to(v.dtype)
+            logits = torch.where(dead[:, None, :, None], alone, logits)
+            gathered = gathered.masked_fill(dead[:, None, :, None], 0)
+        solved = solve(logits.softmax(-1), gathered).to(v.dtype)
     return F.scaled_dot_product_attention(q, k_marks, solved, attn_mask=columns, scale=scale)
 
 
