@@ -120,9 +120,7 @@ def test_medoids_of_clear_clusters_are_one_token_each():
     centres = 100 * torch.eye(6)
     label = torch.arange(36) % 6
     noise = torch.randn(36, 6, generator=torch.Generator().manual_seed(0))
-    points = (centres[label] + noise)[
-        None
-    ]
+    points = (centres[label] + noise)[None]
     seeds = torch.arange(6)[None]
     medoids = ops.cluster_medoids(points, seeds, allowed=torch.ones(1, 36, dtype=torch.bool))
     assert label[medoids[0]].tolist() == [0, 1, 2, 3, 4, 5]

@@ -17,7 +17,8 @@ from fna_lab.ops.detectors import (
     norm_ratio,
     suppression,
 )
-from fna_lab.ops.nystrom import gather_tokens, nystrom_attention, subset_attention
+from fna_lab.ops.merging import bipartite_matching, merge_tokens, unmerge_tokens
+from fna_lab.ops.nystrom import gather_tokens, nystrom_attention, nystrom_chain, subset_attention
 from fna_lab.ops.patterns import (
     PATTERNS,
     STAGES,
@@ -27,7 +28,9 @@ from fna_lab.ops.patterns import (
     token_rows,
 )
 from fna_lab.ops.points import farthest_points
+from fna_lab.ops.random_features import orthogonal_features, performer_attention
 from fna_lab.ops.retrieval import knn_probabilities, recall_at_k
+from fna_lab.ops.segments import segment_weights
 from fna_lab.ops.solvers import newton_schulz, ridge_solve
 
 __all__ = [
@@ -35,6 +38,7 @@ __all__ = [
     "STAGES",
     "attention",
     "attention_flops",
+    "bipartite_matching",
     "break_even_tokens",
     "cls_proxy",
     "cls_row",
@@ -47,18 +51,24 @@ __all__ = [
     "knn_probabilities",
     "leverage_scores",
     "masked_attention",
+    "merge_tokens",
     "newton_schulz",
     "norm_gap",
     "norm_ratio",
     "nystrom_attention",
+    "nystrom_chain",
     "nystrom_flops",
+    "orthogonal_features",
+    "performer_attention",
     "recall_at_k",
     "removed_pairs",
     "restore_own_rows",
     "ridge_solve",
     "segment_centres",
+    "segment_weights",
     "subset_attention",
     "subset_flops",
     "suppression",
     "token_rows",
+    "unmerge_tokens",
 ]

@@ -1,0 +1,64 @@
+"""Keys and values averaged over segments: Linformer with fixed means for its projections."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fna_lab import ops
+from fna_lab.attn.base import Context, KeyMaskedAttention
+
+
+class LinformerPoolAttention(KeyMaskedAttention):
+    """softmax(s Q (P K)') (P V), where P averages equal segments of tokens (Wang et al. 2020).
+
+    Every prefix token is a segment of its own.
+
+    Args:
+        num_landmarks: segments, prefix tokens included.
+
+    Raises:
+        ValueError: `num_landmarks` is no positive integer.
+    """
+
+    def __init__(self, *, num_landmarks: int = 64) -> None:
+        if not isinstance(num_landmarks, int) or num_landmarks < 1:
+            raise ValueError(f"attn.num_landmarks={num_landmarks!r}: expected an integer >= 1.")
+        self.num_landmarks = self.min_tokens = num_landmarks
+
+    def check_tokens(self, tokens: int) -> None:
+        """Refuse more segments than tokens."""
+        if self.num_landmarks > tokens:
+            raise ValueError(
+                f"attn.num_landmarks={self.num_landmarks}: more segments than the {tokens} "
+                "tokens of a picture."
+            )
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: Context,
+        *,
+        keys: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Attend to the means of segments."""
+        self.check_tokens(q.shape[2])
+        weights = ops.segment_weights(
+            q.shape[2], self.num_landmarks, prefix=context.num_prefix_tokens, keys=keys, like=q
+        )
+        pool = weights[:, None]
+        mask = None if bias is None else bias @ pool.mT
+        if keys is not None:
+            alive = weights.any(-1)[:, None, None]
+            mask = alive if mask is None else mask.masked_fill(~alive, float("-inf"))
+        return F.scaled_dot_product_attention(
+            q, pool @ k, pool @ v, attn_mask=mask, scale=context.scale
+        )
+
+    def flops(self, tokens: int, *, heads: int, head_dim: int, channels: int, layers: int) -> int:
+        """FLOPs of the attention of one picture over so many layers, the means included."""
+        attention = ops.subset_flops(tokens, heads, head_dim, self.num_landmarks)
+        return layers * (attention + 4 * tokens * channels)

@@ -1,0 +1,87 @@
+"""Nystroemformer without its training: landmarks are means of segments."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fna_lab import ops
+from fna_lab.attn.base import Context, KeyMaskedAttention
+from fna_lab.attn.solver.base import Solver
+from fna_lab.attn.solver.newton_schulz import NewtonSchulzSolver
+
+
+class NystromformerAttention(KeyMaskedAttention):
+    """Nystroem attention whose landmark queries and keys are means of equal segments of tokens.
+
+    Every prefix token is a segment of its own. The trained convolution of the original is left
+    out: there is nothing to train here (Xiong et al. 2021).
+
+    Args:
+        num_landmarks: segments, prefix tokens included.
+        solver: what stands for the inverse of A; None = the cubic iteration.
+
+    Raises:
+        ValueError: `num_landmarks` is no positive integer.
+    """
+
+    def __init__(self, *, num_landmarks: int = 64, solver: Solver | None = None) -> None:
+        if not isinstance(num_landmarks, int) or num_landmarks < 1:
+            raise ValueError(f"attn.num_landmarks={num_landmarks!r}: expected an integer >= 1.")
+        self.num_landmarks = self.min_tokens = num_landmarks
+        self.solver = solver or NewtonSchulzSolver()
+
+    def check_tokens(self, tokens: int) -> None:
+        """Refuse more segments than tokens."""
+        if self.num_landmarks > tokens:
+            raise ValueError(
+                f"attn.num_landmarks={self.num_landmarks}: more segments than the {tokens} "
+                "tokens of a picture."
+            )
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: Context,
+        *,
+        keys: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Attend through the means of segments."""
+        tokens = q.shape[2]
+        self.check_tokens(tokens)
+        weights = ops.segment_weights(
+            tokens, self.num_landmarks, prefix=context.num_prefix_tokens, keys=keys, like=q
+        )
+        pool = weights[:, None]  # [b|1 1 m n]
+        rows = columns = corner = dead = None
+        if bias is not None:
+            rows, columns = pool @ bias, bias @ pool.mT
+            corner = rows @ pool.mT
+        if keys is not None:
+            keep = keys[:, None, None]
+            rows = keep if rows is None else rows.masked_fill(~keep, float("-inf"))
+            dead = ~weights.any(-1)  # [b m]
+            alive = ~dead[:, None, None]
+            columns = alive if columns is None else columns.masked_fill(~alive, float("-inf"))
+        return ops.nystrom_chain(
+            q,
+            k,
+            v,
+            pool @ q,
+            pool @ k,
+            self.solver,
+            scale=context.scale,
+            rows=rows,
+            columns=columns,
+            corner=corner,
+            dead=dead,
+        )
+
+    def flops(self, tokens: int, *, heads: int, head_dim: int, channels: int, layers: int) -> int:
+        """FLOPs of the attention of one picture over so many layers, the means included."""
+        chain = ops.nystrom_flops(
+            tokens, heads, head_dim, self.num_landmarks, solver=self.solver.formula
+        )
+        return layers * (chain + 4 * tokens * channels)

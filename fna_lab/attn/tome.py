@@ -1,0 +1,74 @@
+"""Token merging around attention, undone behind it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fna_lab import ops
+from fna_lab.attn.base import Context, KeyMaskedAttention
+
+
+class TomeAttention(KeyMaskedAttention):
+    """Similar patch tokens attend, and are attended to, as one; every token then gets its part.
+
+    Bipartite matching on the head mean of the keys, and attention in proportion to the number of
+    tokens in a group (Bolya et al. 2023, ToMe). Unlike the original, which hands fewer tokens to
+    the layers above, the grid is whole again after each attention, so that layer scale, position
+    encodings and dense outputs of the host stay what they are.
+
+    Args:
+        ratio: share of the patch tokens that is merged away, 0 to 0.5.
+
+    Raises:
+        ValueError: `ratio` is out of range.
+    """
+
+    def __init__(self, *, ratio: float = 0.5) -> None:
+        if not 0 <= ratio <= 0.5:
+            raise ValueError(f"attn.ratio={ratio}: expected a number from 0 to 0.5.")
+        self.ratio = ratio
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: Context,
+        *,
+        keys: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Merge, attend, and give every token what its group has."""
+        prefix = context.num_prefix_tokens
+        num = int(self.ratio * (q.shape[2] - prefix))
+        group, groups = ops.bipartite_matching(k.mean(1), num, prefix=prefix, keys=keys)
+        one = torch.ones_like(q[:, :1, :, :1])
+        kept = one if keys is None else keys[:, None, :, None].to(q.dtype)
+        size = ops.merge_tokens(kept, group, groups)  # [b 1 m 1]
+        share = size.clamp(min=1)
+        # A removed token weighs nothing beside a kept one; a group of removed ones still asks.
+        asks = torch.where(ops.unmerge_tokens(size, group) > 0, kept, one)
+        members = ops.merge_tokens(asks, group, groups)
+        mask = size.mT.log()
+        if bias is not None:
+            rows = bias.expand(q.shape[0], q.shape[1], -1, -1)
+            rows = ops.merge_tokens(rows * asks, group, groups) / members
+            columns = ops.merge_tokens(rows.mT * kept, group, groups) / share
+            mask = mask + columns.mT
+        out = F.scaled_dot_product_attention(
+            ops.merge_tokens(q * asks, group, groups) / members,
+            ops.merge_tokens(k * kept, group, groups) / share,
+            ops.merge_tokens(v * kept, group, groups) / share,
+            attn_mask=mask.to(q.dtype),
+            scale=context.scale,
+        )
+        return ops.unmerge_tokens(out, group)
+
+    def flops(self, tokens: int, *, heads: int, head_dim: int, channels: int, layers: int) -> int:
+        """FLOPs of the attention of one picture over so many layers, the matching included."""
+        del channels
+        left = tokens - int(self.ratio * tokens)
+        matching = tokens * tokens // 2 * head_dim
+        return layers * (ops.attention_flops(left, heads, head_dim) + matching)
