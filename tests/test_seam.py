@@ -15,9 +15,11 @@ from hosts import HOSTS, build
 from torch.overrides import _get_current_function_mode_stack
 
 import fna_lab
-from fna_lab.attn.base import AttentionVariant
+from fna_lab.attn.base import AttentionVariant, Context
 from fna_lab.attn.fna import FastNystromAttention
+from fna_lab.attn.landmarks.fps import FarthestPointLandmarks
 from fna_lab.attn.solver.pinv import PinvSolver
+from fna_lab.backbone.patch import _resolve
 from fna_lab.mask.detector.cls_proxy import ClsProxyDetector
 from fna_lab.mask.detector.norm_gap import NormGapDetector
 from fna_lab.mask.detector.norm_ratio import NormRatioDetector
@@ -237,15 +239,11 @@ def test_a_padding_mask_is_honoured(attn):
     x = torch.randn(2, 30, 16)
     real = 22
     keep = torch.arange(30).expand(2, 1, 1, -1) < real
-    variant = fna_lab.backbone.patch._resolve(
-        attn, AttentionVariant, "fna_lab.attn", settings(attn)
-    )
+    variant = _resolve(attn, AttentionVariant, "fna_lab.attn", settings(attn))
     if attn not in ("exact",):
-        variant.landmarks = fna_lab.attn.landmarks.fps.FarthestPointLandmarks()
+        variant.landmarks = FarthestPointLandmarks()
 
     def context(**more):
-        from fna_lab.attn.base import Context
-
         return Context(layer=0, nth=0, scale=8**-0.5, num_prefix_tokens=1, has_cls=True, **more)
 
     padded = variant(q, k, v, context(x=x, attn_mask=keep))[:, :, :real]
