@@ -19,7 +19,7 @@ from fna_lab.attn.base import AttentionVariant, Context
 from fna_lab.attn.fna import FastNystromAttention
 from fna_lab.attn.landmarks.fps import FarthestPointLandmarks
 from fna_lab.attn.solver.pinv import PinvSolver
-from fna_lab.backbone.patch import _resolve
+from fna_lab.backbone.patch import named_attention
 from fna_lab.mask.detector.cls_proxy import ClsProxyDetector
 from fna_lab.mask.detector.norm_gap import NormGapDetector
 from fna_lab.mask.detector.norm_ratio import NormRatioDetector
@@ -239,7 +239,7 @@ def test_a_padding_mask_is_honoured(attn):
     x = torch.randn(2, 30, 16)
     real = 22
     keep = torch.arange(30).expand(2, 1, 1, -1) < real
-    variant = _resolve(attn, AttentionVariant, "fna_lab.attn", settings(attn))
+    variant = named_attention(attn, **settings(attn))
     if attn not in ("exact",):
         variant.landmarks = FarthestPointLandmarks()
 

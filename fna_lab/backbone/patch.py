@@ -335,6 +335,15 @@ class Patch:
         return prefix > 0 if self._said_cls is None else self._said_cls
 
 
+def named_attention(name: str, **settings: Any) -> AttentionVariant:
+    """The variant of a file of `fna_lab.attn`, with these settings.
+
+    Raises:
+        ValueError: the name or a setting does not exist.
+    """
+    return _resolve(name, AttentionVariant, "fna_lab.attn", settings)
+
+
 def _resolve(
     named: str | Variant, base: type[Variant], package: str, settings: dict[str, Any]
 ) -> Variant:

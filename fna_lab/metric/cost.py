@@ -30,25 +30,27 @@ def latency(
     *,
     seconds: float = 4.0,
     rounds: int = 15,
+    least: int = 3,
 ) -> dict[str, dict[str, float]]:
     """Median seconds of several runs, interleaved so that a noisy machine treats them alike.
 
     Args:
         runs: name -> (what to run, the patch that it runs under or None).
         device: the device to wait for.
-        seconds: stop after about so long, but not before three rounds.
+        seconds: stop after about so long.
         rounds: most rounds.
+        least: fewest rounds.
 
     Returns:
-        name -> `total`, and for a patch `attention` (without selection), `selection`, `rest`,
-        and `rounds`.
+        name -> `total` with its quartiles `low` and `high`, and for a patch `attention` (without
+        selection), `selection`, `rest`; and `rounds`.
     """
     for run, _ in runs.values():  # warm-up: caches, kernel choice
         run()
     noted: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     begin = time.perf_counter()
     for done in range(rounds):
-        if done >= 3 and time.perf_counter() - begin > seconds:
+        if done >= least and time.perf_counter() - begin > seconds:
             break
         for name, (run, patch) in runs.items():
             watch = Stopwatch(device)
@@ -68,11 +70,13 @@ def latency(
                 rest = total - attention - selection
                 parts |= {"selection": selection, "attention": attention, "rest": rest}
             noted[name].append(parts)
-    return {
-        name: {part: statistics.median(row[part] for row in rows) for part in rows[0]}
-        | {"rounds": len(rows)}
-        for name, rows in noted.items()
-    }
+    found = {}
+    for name, rows in noted.items():
+        found[name] = {part: statistics.median(row[part] for row in rows) for part in rows[0]}
+        totals = torch.tensor([row["total"] for row in rows], dtype=torch.double)
+        quartiles = totals.quantile(totals.new_tensor([0.25, 0.75])).tolist()
+        found[name] |= {"low": quartiles[0], "high": quartiles[1], "rounds": len(rows)}
+    return found
 
 
 @torch.no_grad()
