@@ -263,7 +263,7 @@ def train(args: argparse.Namespace) -> None:
     model, log, begin = None, [], time.time()
     for number, (img_size, steps) in enumerate(stages):
         last = number == len(stages) - 1
-        fresh = build_clip(img_size=img_size, **MODEL)
+        fresh = build_clip(img_size=img_size, **MODEL, pool=args.pool)
         if model is not None:
             state = model.state_dict()
             resize_pos_embed(state, fresh)
@@ -311,7 +311,7 @@ def _write(
     state = {key: value.half().contiguous() for key, value in model.state_dict().items()}
     state = {key: value for key, value in state.items() if key != "attn_mask"}
     facts = {
-        "model": MODEL,
+        "model": MODEL | {"pool": args.pool},
         "img_size": img_size,
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": "synthetic: fna_lab.data.shapes_world, split train",
@@ -335,6 +335,7 @@ def main() -> None:
     parser.add_argument("--stages", default="56:4000,112:600", help="img_size:steps, ...")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--pool", default="tok", choices=["tok", "avg"], help="CLS, or the mean")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=600, help="held-out pictures")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")

@@ -119,6 +119,7 @@ def test_labels_name_the_largest_object(label: str) -> None:
             "size": [size, "object"],
             "texture": [texture, "object"],
             "shape_colour": [colour, shape],
+            "all": [size, texture, colour, shape],
         }[label]
         assert words == wanted
     WordTokenizer()([t.format(name) for t in TEMPLATES for name in LABELS[label]])

@@ -52,9 +52,19 @@ class WordTokenizer:
 
 
 def build_clip(
-    *, img_size: int, width: int, depth: int, heads: int, text_width: int, text_depth: int
+    *,
+    img_size: int,
+    width: int,
+    depth: int,
+    heads: int,
+    text_width: int,
+    text_depth: int,
+    pool: str = "tok",
 ) -> CLIP:
-    """The untrained pair: a ViT with CLS and 8-pixel patches, and a small text tower."""
+    """The untrained pair: a ViT with CLS and 8-pixel patches, and a small text tower.
+
+    `pool` is what speaks for the picture: `tok` = CLS, `avg` = the mean of the patch tokens.
+    """
     return CLIP(
         width,
         vision_cfg=CLIPVisionCfg(
@@ -63,6 +73,7 @@ def build_clip(
             width=width,
             head_width=width // heads,
             patch_size=PATCH_SIZE,
+            pool_type=pool,
         ),
         text_cfg=CLIPTextCfg(
             context_length=CONTEXT_LENGTH,

@@ -17,6 +17,13 @@ LABELS = {
     "size": [f"{size} object" for size in SIZES],
     "texture": [f"{texture} object" for texture in TEXTURES],
     "shape_colour": [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS],
+    "all": [
+        f"{size} {texture} {colour} {shape}"
+        for shape in SHAPES
+        for colour in COLOURS
+        for size in SIZES
+        for texture in TEXTURES
+    ],
 }
 
 
@@ -83,8 +90,11 @@ def label_of(scene: Scene, label: str) -> int:
         "size": list(SIZES).index(size),
         "texture": TEXTURES.index(texture),
     }
+    pair = place["shape"] * len(COLOURS) + place["colour"]
     if label == "shape_colour":
-        return place["shape"] * len(COLOURS) + place["colour"]
+        return pair
+    if label == "all":
+        return (pair * len(SIZES) + place["size"]) * len(TEXTURES) + place["texture"]
     return place[label]
 
 
@@ -97,7 +107,7 @@ class ShapesData(PictureData):
         split: the split to measure on.
         img_size: side of the drawn pictures in pixels.
         objects: fewest and most objects of a picture.
-        label: what is classified: shape, colour, size, texture or shape_colour.
+        label: what is classified, a key of `LABELS`.
         **common: see `PictureData`.
 
     Raises:
@@ -112,7 +122,7 @@ class ShapesData(PictureData):
         split: str = "test",
         img_size: int = 112,
         objects: tuple[int, int] = (1, 1),
-        label: str = "shape_colour",
+        label: str = "all",
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -137,6 +147,11 @@ class ShapesData(PictureData):
 
     def bank(self) -> Shapes:
         """Pictures of the training split."""
+        if self.label == "all":
+            raise NotImplementedError(
+                "data.label=all names whole compositions, and none of the measured ones occurs in "
+                "the training split; use data.label=shape_colour, or another."
+            )
         return self._draw(self.bank_count, "train")
 
     def describe(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fna_lab import ops
 from fna_lab.mask.detector.base import Detector
-from fna_lab.mask.detector.norm_ratio import NormRatioDetector
+from fna_lab.mask.detector.cls_proxy import ClsProxyDetector
 
 
 class Mask:
@@ -13,7 +13,7 @@ class Mask:
     Args:
         stage: `mask` = before softmax (the other weights grow), `sink` = after it (the mass is
             lost).
-        detector: finds T, once, in the same forward pass; None = `norm_ratio`.
+        detector: finds T, once, in the same forward pass; None = `cls_proxy`.
         detect: block whose input (or attention) the detector reads; None = the backbone's.
         layers: blocks whose attention is masked; None = from the backbone's mask block on.
 
@@ -37,7 +37,7 @@ class Mask:
         if stage not in ops.STAGES:
             raise ValueError(f"mask.stage={stage!r}: expected one of {', '.join(ops.STAGES)}.")
         self.stage = stage
-        self.detector = detector or NormRatioDetector()
+        self.detector = detector or ClsProxyDetector()
         self.detect = detect
         self.layers = layers
 

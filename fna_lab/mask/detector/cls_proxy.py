@@ -1,4 +1,4 @@
-"""Sinks: tokens that CLS attends to more than to itself."""
+"""Massive tokens and sinks: tokens that CLS attends to, compared with itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ClsProxyDetector(Detector):
 
     reads = "cls_row"
 
-    def __init__(self, *, ratio: float = 1.0, top: int | None = None) -> None:
+    def __init__(self, *, ratio: float = 0.3, top: int | None = None) -> None:
         if not ratio > 0:
             raise ValueError(f"mask.detector.ratio={ratio}: expected a number > 0.")
         if top is not None and (not isinstance(top, int) or top < 1):
