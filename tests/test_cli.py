@@ -51,7 +51,7 @@ def test_help_lists_every_group_and_option_in_one_line_each() -> None:
 
 def test_a_run_leaves_its_record_and_samples(capsys: pytest.CaptureFixture[str]) -> None:
     (done,) = run("attn=fna", "attn.num_landmarks=32", "data.count=6", "task.knn_k=[3]",
-                  "data.bank_count=20", "name=first", "trainer=cpu")  # fmt: skip
+                  "data.bank_count=20", "data.label=shape", "name=first", "trainer=cpu")  # fmt: skip
     assert done.parent.name == "first"
     record = json.loads((done / "metrics.json").read_text())
     for key in ("config", "config_hash", "code_hash", "git", "versions", "device", "seed", "data"):
@@ -151,7 +151,7 @@ BAD = {
     "no checkpoint": (["backbone.checkpoint=/no/x.pth"], "backbone.checkpoint=/no/x.pth"),
     "detector finds nothing": (
         ["mask=type2", "mask/detector=norm_ratio", "mask.detector.ratio=1000"],
-        "mask/detector=norm_ratio (ratio=1000) finds no token at block 4",
+        "mask/detector=norm_ratio (ratio=1000) finds no token at block 5",
     ),
     "detector finds everything": (
         ["mask=type2", "mask/detector=norm_ratio", "mask.detector.ratio=0.001"],
@@ -165,7 +165,7 @@ BAD = {
     "protocol without labels": (["data=photos"], "task=classification needs labels"),
     "unknown protocol": (["task.protocols=[guess]"], "task.protocols=['guess']"),
     "too many neighbours": (
-        ["task.protocols=[knn]", "data.bank_count=3"], "wants more neighbours than the 3 pictures"
+        ["task.protocols=[knn]", "data.bank_count=3", "data.label=shape"], "wants more neighbours than the 3 pictures"
     ),
 }  # fmt: skip
 

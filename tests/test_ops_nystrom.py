@@ -142,3 +142,17 @@ def test_farthest_points_of_extreme_points_are_distinct(dtype, size):
     points = (size * torch.randn(2, 30, 16)).to(dtype)
     picks = ops.farthest_points(points, 10)
     assert all(len(set(row.tolist())) == 10 for row in picks)
+
+
+def test_exact_rows_are_those_of_exact_attention_and_no_others_change():
+    q, k, v = (torch.randn(2, 3, 40, 8, dtype=torch.float64) for _ in range(3))
+    landmarks = torch.tensor([[0, 9, 21, 30], [0, 4, 5, 39]])
+    plain = ops.nystrom_attention(q, k, v, landmarks)
+    out = ops.nystrom_attention(q, k, v, landmarks, exact_rows=2)
+    exact = ops.attention(q, k, v)
+    for b in range(2):
+        rows = landmarks[b, :2]
+        torch.testing.assert_close(out[b, :, rows], exact[b, :, rows])
+        others = [i for i in range(40) if i not in rows.tolist()]
+        assert torch.equal(out[b, :, others], plain[b, :, others])
+    assert not torch.allclose(plain, out)

@@ -126,11 +126,13 @@ def test_labels_name_the_largest_object(label: str) -> None:
 
 
 def test_data_set_draws_the_split_it_says() -> None:
-    data = ShapesData(transform=np.asarray, count=20, split="val", objects=(1, 3))  # type: ignore[arg-type]
+    data = ShapesData(transform=np.asarray, count=20, split="val", objects=(1, 3), label="shape")  # type: ignore[arg-type]
     data.setup()
     assert data.test_set is not None
     assert {data.test_set.scene(i).split for i in range(20)} == {"val"}  # type: ignore[attr-defined]
     assert {data.bank().scene(i).split for i in range(20)} == {"train"}
+    with pytest.raises(NotImplementedError, match="data.label=all"):
+        ShapesData(transform=np.asarray).bank()  # type: ignore[arg-type]
     sample = data.test_set[3]
     assert sample["segmentation"].shape == (112, 112) and sample["index"] == 3
 

@@ -155,7 +155,9 @@ def test_head_is_the_hosts_own(backbone: Backbone) -> None:
 def test_impossible_protocols_are_refused(
     backbone: Backbone, settings: dict[str, Any], said: str
 ) -> None:
-    data = ShapesData(transform=backbone.transform, count=4, bank_count=20, img_size=64)
+    data = ShapesData(
+        transform=backbone.transform, count=4, bank_count=20, img_size=64, label="shape_colour"
+    )
     patched, exact = patches(backbone)
     task = Classification(backbone=backbone, patched=patched, exact=exact, cost=False, **settings)
     try:

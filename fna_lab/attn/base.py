@@ -14,7 +14,7 @@ from fna_lab import ops
 from fna_lab.attn.landmarks.base import LandmarkSampler
 from fna_lab.attn.stopwatch import Stopwatch
 
-SOURCES = ("input", "normed", "q", "k")
+SOURCES = ("input", "normed", "q", "k", "qk")
 
 
 @dataclass(frozen=True)
@@ -193,14 +193,13 @@ class KeyMaskedAttention(AttentionVariant):
 class LandmarkAttention(KeyMaskedAttention):
     """Attention through a few landmark tokens; the part that its variants share.
 
-    It chooses landmarks and hands them to `approximate`; removed or padded keys never become
-    landmarks and never receive weight.
+    It chooses landmarks; removed or padded keys never become one.
 
     Args:
         landmarks: the sampler.
         num_landmarks: landmarks m of each picture, CLS included.
         source: what it samples: the block's `input`, that input layer-`normed` (without the
-            host's affine part), or the head mean of `q` or `k`.
+            host's affine part), the head mean of `q` or `k`, or `qk` of all heads side by side.
         renew: take landmarks anew every so many layers; 0 keeps those of the first layer.
         keep_cls: make CLS the first landmark where the host has one.
 
@@ -230,51 +229,13 @@ class LandmarkAttention(KeyMaskedAttention):
         self.keep_cls = keep_cls
 
     @abstractmethod
-    def approximate(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        landmarks: Tensor,
-        *,
-        scale: float,
-        keys: Tensor | None,
-        bias: Tensor | None,
-    ) -> Tensor:
-        """Attend through landmarks.
-
-        Args:
-            q: queries `[b h n d]`.
-            k: keys `[b h n d]`.
-            v: values `[b h n d]`.
-            landmarks: token indices, long `[b m]`.
-            scale: factor of the logits.
-            keys: bool `[b n]`, True = may be attended to; None = all.
-            bias: added to the logits, `[b|1 h|1 n n]`; None = nothing.
-        """
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        context: Context,
-        *,
-        keys: Tensor | None,
-        bias: Tensor | None,
-    ) -> Tensor:
-        """Choose landmarks and attend through them."""
-        picks = self.choose(q, k, keys, context)
-        return self.approximate(q, k, v, picks, scale=context.scale, keys=keys, bias=bias)
-
-    @abstractmethod
     def layer_flops(self, tokens: int, heads: int, head_dim: int) -> int:
         """FLOPs of the attention of one picture at one layer, without selection."""
 
     def flops(self, tokens: int, *, heads: int, head_dim: int, channels: int, layers: int) -> int:
         """FLOPs of the attention of one picture over so many layers, selection included."""
         renewals = -(-layers // self.renew) if self.renew else 1
-        width = channels if self.source in ("input", "normed") else head_dim
+        width = {"q": head_dim, "k": head_dim, "qk": 2 * channels}.get(self.source, channels)
         selection = self.landmarks.flops(tokens, width, self.num_landmarks)
         return layers * self.layer_flops(tokens, heads, head_dim) + renewals * selection
 
@@ -302,6 +263,8 @@ class LandmarkAttention(KeyMaskedAttention):
             points = context.x
         elif self.source == "normed":
             points = F.layer_norm(context.x, context.x.shape[-1:])
+        elif self.source == "qk":
+            points = torch.cat([q, k], dim=1).transpose(1, 2).flatten(2)
         else:
             points = (q if self.source == "q" else k).mean(1)
         cls = q.new_zeros((batch, 1), dtype=torch.long)

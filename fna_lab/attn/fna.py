@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.base import LandmarkAttention
+from fna_lab.attn.base import Context, LandmarkAttention
 from fna_lab.attn.landmarks.base import LandmarkSampler
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
 from fna_lab.attn.solver.base import Solver
@@ -24,6 +24,7 @@ class FastNystromAttention(LandmarkAttention):
         source: what is sampled; see `LandmarkAttention`.
         renew: take landmarks anew every so many layers, 0 = never.
         keep_cls: make CLS the first landmark.
+        exact_cls: give CLS its exact output, which the chain knows where CLS is a landmark.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class FastNystromAttention(LandmarkAttention):
         source: str = "normed",
         renew: int = 1,
         keep_cls: bool = True,
+        exact_cls: bool = True,
     ) -> None:
         super().__init__(
             landmarks=landmarks or GridFarthestPointLandmarks(),
@@ -44,21 +46,29 @@ class FastNystromAttention(LandmarkAttention):
             keep_cls=keep_cls,
         )
         self.solver = solver or RidgeSolver()
+        self.exact_cls = exact_cls
 
-    def approximate(
+    def attend(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        landmarks: Tensor,
+        context: Context,
         *,
-        scale: float,
         keys: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
         """See `ops.nystrom_attention`."""
         return ops.nystrom_attention(
-            q, k, v, landmarks, scale=scale, solver=self.solver, keys=keys, bias=bias
+            q,
+            k,
+            v,
+            self.choose(q, k, keys, context),
+            scale=context.scale,
+            solver=self.solver,
+            keys=keys,
+            bias=bias,
+            exact_rows=int(self.exact_cls and self.keep_cls and context.has_cls),
         )
 
     def layer_flops(self, tokens: int, heads: int, head_dim: int) -> int:

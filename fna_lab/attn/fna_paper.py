@@ -38,4 +38,5 @@ class PublishedFastNystromAttention(FastNystromAttention):
             source=source,
             renew=renew,
             keep_cls=keep_cls,
+            exact_cls=False,
         )

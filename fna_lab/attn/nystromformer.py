@@ -65,7 +65,7 @@ class NystromformerAttention(KeyMaskedAttention):
             dead = ~weights.any(-1)  # [b m]
             alive = ~dead[:, None, None]
             columns = alive if columns is None else columns.masked_fill(~alive, float("-inf"))
-        return ops.nystrom_chain(
+        out, _ = ops.nystrom_chain(
             q,
             k,
             v,
@@ -78,6 +78,7 @@ class NystromformerAttention(KeyMaskedAttention):
             corner=corner,
             dead=dead,
         )
+        return out
 
     def flops(self, tokens: int, *, heads: int, head_dim: int, channels: int, layers: int) -> int:
         """FLOPs of the attention of one picture over so many layers, the means included."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.base import LandmarkAttention
+from fna_lab.attn.base import Context, LandmarkAttention
 from fna_lab.attn.landmarks.base import LandmarkSampler
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
 
@@ -38,20 +38,22 @@ class SubsetAttention(LandmarkAttention):
             keep_cls=keep_cls,
         )
 
-    def approximate(
+    def attend(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        landmarks: Tensor,
+        context: Context,
         *,
-        scale: float,
         keys: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
         """Exact attention over the landmark keys and values, which are kept keys all."""
+        picks = self.choose(q, k, keys, context)
         distinct = keys is None
-        return ops.subset_attention(q, k, v, landmarks, scale=scale, bias=bias, distinct=distinct)
+        return ops.subset_attention(
+            q, k, v, picks, scale=context.scale, bias=bias, distinct=distinct
+        )
 
     def layer_flops(self, tokens: int, heads: int, head_dim: int) -> int:
         """FLOPs of the attention of one picture at one layer, without selection."""

@@ -43,7 +43,7 @@ class FnaTiny(OpenClipBackbone):
         anatomy: Anatomy | Mapping[str, int] | None = None,
     ) -> None:
         facts = json.loads((WEIGHTS / "fna_tiny.json").read_text())
-        side = img_size or facts["img_size"]
+        side = facts["img_size"] if img_size is None else img_size
         check_img_size(side, PATCH_SIZE)
         host = build_clip(img_size=side, **facts["model"])
         source = checkpoint or (WEIGHTS / "fna_tiny.safetensors" if pretrained else None)

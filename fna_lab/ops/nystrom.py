@@ -27,6 +27,7 @@ def nystrom_attention(
     ridge: float = 1e-3,
     keys: Tensor | None = None,
     bias: Tensor | None = None,
+    exact_rows: int = 0,
 ) -> Tensor:
     """Attention that is linear in n: softmax(s Q Kp') Z(A) softmax(s Qp K') V.
 
@@ -45,6 +46,8 @@ def nystrom_attention(
         ridge: regularisation of `ridge`.
         keys: bool `[b n]`, True = may be attended to; None = all. Landmarks must be such keys.
         bias: added to the logits, broadcastable to `[b h n n]`; None = nothing.
+        exact_rows: give so many of the first landmarks their exact outputs, softmax(s Qp K') V,
+            which the chain has taken on its way anyhow.
 
     Returns:
         `[b h n d]`.
@@ -83,7 +86,7 @@ def nystrom_attention(
     def solve(kernel: Tensor, values: Tensor) -> Tensor:
         return _solve(kernel, values, solver, iters, ridge)
 
-    return nystrom_chain(
+    out, exact = nystrom_chain(
         q,
         k,
         v,
@@ -96,6 +99,11 @@ def nystrom_attention(
         corner=corner,
         dead=repeated,
     )
+    if not exact_rows:
+        return out
+    exact = exact[:, :, :exact_rows]
+    index = landmarks[:, None, :exact_rows, None].expand_as(exact)
+    return out.scatter(2, index, exact)
 
 
 def nystrom_chain(
@@ -111,7 +119,7 @@ def nystrom_chain(
     columns: Tensor | None = None,
     corner: Tensor | None = None,
     dead: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The three products of Nystroem attention, for landmarks given as vectors.
 
     Args:
@@ -128,21 +136,22 @@ def nystrom_chain(
         dead: landmarks that stand for nothing, bool `[b m]`; `columns` must leave them out too.
 
     Returns:
-        `[b h n d]`.
+        The approximation `[b h n d]`, and the exact rows of the landmark queries `[b h m d]`.
     """
-    gathered = F.scaled_dot_product_attention(q_marks, k, v, attn_mask=rows, scale=scale)
+    exact = F.scaled_dot_product_attention(q_marks, k, v, attn_mask=rows, scale=scale)
     with _full_precision(q):
         wide = torch.promote_types(q.dtype, torch.float32)
         logits = scale * (q_marks.to(wide) @ k_marks.to(wide).mT)
         logits = logits if corner is None else logits + corner
-        gathered = gathered.to(wide)
+        gathered = exact.to(wide)
         if dead is not None:
             logits = logits.masked_fill(dead[:, None, None], -torch.inf)
             alone = torch.full_like(logits[0, 0], -torch.inf).fill_diagonal_(0)
             logits = torch.where(dead[:, None, :, None], alone, logits)
             gathered = gathered.masked_fill(dead[:, None, :, None], 0)
         solved = solve(logits.softmax(-1), gathered).to(v.dtype)
-    return F.scaled_dot_product_attention(q, k_marks, solved, attn_mask=columns, scale=scale)
+    out = F.scaled_dot_product_attention(q, k_marks, solved, attn_mask=columns, scale=scale)
+    return out, exact
 
 
 def subset_attention(
