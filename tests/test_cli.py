@@ -50,8 +50,8 @@ def test_help_lists_every_group_and_option_in_one_line_each() -> None:
 
 
 def test_a_run_leaves_its_record_and_samples(capsys: pytest.CaptureFixture[str]) -> None:
-    (done,) = run("attn=fna", "attn.num_landmarks=32", "data.count=6", "task.knn_k=[3]",
-                  "data.bank_count=20", "data.label=shape", "name=first", "trainer=cpu")  # fmt: skip
+    data = ["data.count=6", "data.bank_count=20", "data.label=shape", "task.knn_k=[3]"]
+    (done,) = run("attn=fna", "attn.num_landmarks=32", "name=first", "trainer=cpu", *data)
     assert done.parent.name == "first"
     record = json.loads((done / "metrics.json").read_text())
     for key in ("config", "config_hash", "code_hash", "git", "versions", "device", "seed", "data"):
@@ -165,7 +165,8 @@ BAD = {
     "protocol without labels": (["data=photos"], "task=classification needs labels"),
     "unknown protocol": (["task.protocols=[guess]"], "task.protocols=['guess']"),
     "too many neighbours": (
-        ["task.protocols=[knn]", "data.bank_count=3", "data.label=shape"], "wants more neighbours than the 3 pictures"
+        ["task.protocols=[knn]", "data.bank_count=3", "data.label=shape"],
+        "wants more neighbours than the 3 pictures",
     ),
 }  # fmt: skip
 

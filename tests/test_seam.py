@@ -353,3 +353,10 @@ def test_a_patched_model_moves_and_copies():
         model.to("meta")
         assert model(x.to("meta")).shape == expected.shape
         assert patched.enabled
+
+
+def test_without_a_mask_nothing_is_looked_for():
+    _, model, x = build("timm vit")
+    with fna_lab.patch(model, "exact", "none", layers="2-3", detect=1) as patched:
+        model(x)
+    assert patched.detect is None and patched.pictures == 0 and patched.tokens is None

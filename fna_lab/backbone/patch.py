@@ -75,7 +75,9 @@ def patch(
     default = range(round(START * depth), depth)
     attn_layers = parse_layers(default if layers is None else layers, depth, setting="attn.layers")
     masked: tuple[int, ...] = ()
-    if strategy.pattern is not None:
+    if strategy.pattern is None:
+        detect = None  # nobody would use what is found
+    else:
         attention.check(strategy.pattern)
         wanted = strategy.layers if mask_layers is None else mask_layers
         masked = parse_layers(default if wanted is None else wanted, depth, setting="mask.layers")
