@@ -21,8 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_every_folder_is_listed() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     code = {p.parent.relative_to(ROOT) for p in (ROOT / "fna_lab").rglob("__init__.py")}
+    data = {p.parent.relative_to(ROOT) for s in ("jpg", "safetensors")
+            for p in (ROOT / "fna_lab").rglob(f"*.{s}")}  # fmt: skip
     conf = {p.parent.relative_to(ROOT) for p in (ROOT / "conf").rglob("*.yaml")}
-    wanted = {".".join(path.parts) for path in code}
+    wanted = {".".join(path.parts) for path in code | data}
     wanted |= {".".join(("fna_lab", *path.parts)) for path in conf}
     assert set(settings["packages"]) == wanted
 
