@@ -71,7 +71,7 @@ def test_published_settings_come_within_0_005(
     assert found["patch_cosine"] == pytest.approx(patch, abs=0.005)
 
 
-@pytest.mark.parametrize(("landmarks", "cls", "patch"), [(64, 0.992, 0.986), (128, 0.997, 0.996)])
+@pytest.mark.parametrize(("landmarks", "cls", "patch"), [(64, 0.992, 0.985), (128, 0.997, 0.996)])
 def test_own_defaults_are_closer(
     backbone: Backbone, landmarks: int, cls: float, patch: float
 ) -> None:

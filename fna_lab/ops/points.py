@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab.ops.checks import check_bool, check_float, check_index
@@ -16,6 +17,8 @@ def farthest_points(
     first: Tensor | None = None,
     allowed: Tensor | None = None,
     sketch: int | None = None,
+    repeats: int | None = None,
+    gram: bool = False,
 ) -> Tensor:
     """Repeatedly take the point farthest (squared Euclidean) from those already taken.
 
@@ -31,6 +34,10 @@ def farthest_points(
             picks repeat.
         sketch: project the points to so many random dimensions first (seed 0), which costs
             less and keeps distances on average; None = as they are.
+        repeats: a promise that at most so many of `first` stand in it before; it is then taken in
+            one product, and a repeat gives way at the end of the list. None = no promise.
+        gram: take distances as |x|^2 - 2 x p + |p|^2, which reads the points once; equal points
+            are then at distance 0 up to rounding alone.
 
     Returns:
         Indices, long `[b num]`, in the order of the taking.
@@ -68,12 +75,77 @@ def farthest_points(
         generator = torch.Generator().manual_seed(0)
         draw = torch.randn(channels, sketch, generator=generator).to(points)
         points = points @ draw
-    return _sample(points, num, first, allowed)
+    near = _GramDistance(points) if gram else _DirectDistance(points)
+    if repeats is None or allowed is not None:
+        return _sample(near, num, first, allowed)
+    return _sample_behind(near, num, first, repeats)
 
 
-def _sample(points: Tensor, num: int, first: Tensor, allowed: Tensor | None) -> Tensor:
-    batch, _, channels = points.shape
-    picks = first.new_empty((batch, num))
+class _DirectDistance:
+    """Squared distances by differences: equal points are at 0 exactly, so that ties are ties."""
+
+    def __init__(self, points: Tensor) -> None:
+        self.points = points
+
+    def __call__(self, picks: Tensor) -> Tensor:
+        """To one point of each set: long `[b]` -> `[b n]`."""
+        index = picks[:, None, None].expand(-1, 1, self.points.shape[2])
+        return (self.points - self.points.gather(1, index)).square_().sum(-1)
+
+    def least(self, picks: Tensor) -> Tensor:
+        """To the nearest of several points: long `[b g]` -> `[b n]`."""
+        index = picks[..., None].expand(-1, -1, self.points.shape[2])
+        mode = "donot_use_mm_for_euclid_dist"
+        found = torch.cdist(self.points, self.points.gather(1, index), compute_mode=mode)
+        return found.amin(2).square()
+
+
+class _GramDistance:
+    """Squared distances by products, without |p|^2 of one pick where all share it."""
+
+    def __init__(self, points: Tensor) -> None:
+        self.points = points
+        self.square = points.square().sum(-1)
+
+    def __call__(self, picks: Tensor) -> Tensor:
+        """To one point of each set: long `[b]` -> `[b n]`."""
+        index = picks[:, None]
+        pick = self.points.gather(1, index[..., None].expand(-1, 1, self.points.shape[2]))
+        own = self.square + self.square.gather(1, index)
+        return torch.baddbmm(own[..., None], self.points, pick.mT, alpha=-2)[..., 0].clamp_(min=0)
+
+    def least(self, picks: Tensor) -> Tensor:
+        """To the nearest of several points: long `[b g]` -> `[b n]`."""
+        index = picks[..., None].expand(-1, -1, self.points.shape[2])
+        own = self.square.gather(1, picks)[:, None]
+        product = torch.baddbmm(own, self.points, self.points.gather(1, index).mT, alpha=-2)
+        return (product.amin(2) + self.square).clamp_(min=0)
+
+
+Distance = _DirectDistance | _GramDistance
+
+
+def _sample_behind(near: Distance, num: int, first: Tensor, repeats: int) -> Tensor:
+    """Take `first` in one step, then farthest points; repeats fall out of the list."""
+    distance = near.least(first).scatter_(1, first, -0.5)
+    picks = []
+    more = num - first.shape[1] + repeats
+    for i in range(more):
+        pick = distance.argmax(1)
+        picks.append(pick)
+        if i + 1 < more:
+            closer = near(pick).scatter_(1, pick[:, None], -0.5)
+            torch.minimum(distance, closer, out=distance)
+    found = torch.cat([first, *(pick[:, None] for pick in picks)], dim=1)
+    if repeats:
+        again = (first[:, :, None] == first[:, None]).tril(-1).any(2)
+        order = F.pad(again, (0, more)).to(torch.uint8).argsort(dim=1, stable=True)
+        found = found.gather(1, order)
+    return found[:, :num]
+
+
+def _sample(near: Distance, num: int, first: Tensor, allowed: Tensor | None) -> Tensor:
+    picks = first.new_empty((first.shape[0], num))
     distance: Tensor | None = None
     for i in range(num):
         if i >= first.shape[1]:
@@ -88,13 +160,10 @@ def _sample(points: Tensor, num: int, first: Tensor, allowed: Tensor | None) -> 
         else:
             given = first[:, i]
         picks[:, i] = given
-        current = given[:, None, None].expand(-1, 1, channels)
-        # Direct differences: equal points are at distance 0 exactly, so that ties are ties.
-        near = (points - points.gather(1, current)).square_().sum(-1)
         # Taken points rank below their twins and above what is not allowed: no needless repeats.
-        near.scatter_(1, given[:, None], -0.5)
+        closer = near(given).scatter_(1, given[:, None], -0.5)
         if distance is None:
-            distance = near if allowed is None else near.masked_fill_(~allowed, -1.0)
+            distance = closer if allowed is None else closer.masked_fill_(~allowed, -1.0)
         else:
-            torch.minimum(distance, near, out=distance)
+            torch.minimum(distance, closer, out=distance)
     return picks

@@ -23,7 +23,7 @@ class GridFarthestPointLandmarks(LandmarkSampler):
         ValueError: `share` lies outside 0 to 1.
     """
 
-    def __init__(self, *, share: float = 0.5, sketch: int | None = None) -> None:
+    def __init__(self, *, share: float = 0.5, sketch: int | None = 64) -> None:
         if not 0 <= share <= 1:
             raise ValueError(f"attn.landmarks.share={share}: expected a number from 0 to 1.")
         self.share = share
@@ -52,7 +52,15 @@ class GridFarthestPointLandmarks(LandmarkSampler):
         cells = ops.grid_cells(grid, min(int(self.share * num), num - guaranteed.shape[1]))
         cells = torch.tensor(cells, device=points.device, dtype=torch.long) + num_prefix_tokens
         first = torch.cat([guaranteed, cells.expand(points.shape[0], -1)], dim=1)
-        return ops.farthest_points(points, num, first=first, allowed=allowed, sketch=self.sketch)
+        return ops.farthest_points(
+            points,
+            num,
+            first=first,
+            allowed=allowed,
+            sketch=self.sketch,
+            repeats=guaranteed.shape[1],  # a guaranteed token may lie on a cell of the grid
+            gram=True,
+        )
 
     def flops(self, tokens: int, channels: int, num: int) -> int:
         """FLOPs of the farthest points of one picture."""
