@@ -168,3 +168,14 @@ def test_points_taken_first_in_one_step_give_the_same_picks(gram):
     behind = ops.farthest_points(points, 20, first=first, repeats=1, gram=gram)
     assert all(len(set(row)) == 20 for row in behind.tolist())
     assert torch.equal(behind[0], picks[0]) and set(first[1].tolist()) <= set(behind[1].tolist())
+
+
+def test_exact_rows_have_gradients():
+    torch.manual_seed(0)
+    qkv = [torch.randn(1, 2, 9, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    landmarks = torch.tensor([[0, 3, 5, 8]])
+
+    def run(*args):
+        return ops.nystrom_attention(*args, landmarks, solver="ridge", exact_rows=1)
+
+    assert torch.autograd.gradcheck(run, qkv, eps=1e-6, atol=1e-5)

@@ -103,7 +103,9 @@ def nystrom_attention(
         return out
     exact = exact[:, :, :exact_rows]
     index = landmarks[:, None, :exact_rows, None].expand_as(exact)
-    return out.scatter(2, index, exact)
+    if out.requires_grad:  # the fused kernel keeps its output for the backward pass
+        return out.scatter(2, index, exact)
+    return out.scatter_(2, index, exact)
 
 
 def nystrom_chain(
