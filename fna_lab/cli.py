@@ -10,6 +10,8 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -42,6 +44,7 @@ def main() -> None:
     # Without this, Hydra prints a traceback of its own and leaves no chance to say what is wrong.
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv[1:] = spread(sys.argv[1:])
     try:
         job()
     except Exception as error:
@@ -53,6 +56,34 @@ def main() -> None:
     for label, error in failed.items():
         print(f"error: {label}{explain(error, conf_dir())}", file=sys.stderr)
     sys.exit(1 if failed else 0)
+
+
+def spread(arguments: list[str]) -> list[str]:
+    """Make `-m attn=fna,subset attn.num_landmarks=32` work, though the default has no landmarks.
+
+    Hydra first composes a multirun without its swept options, and would refuse the settings that
+    only those options have. A setting of a swept group is therefore swept, too, over one value.
+    """
+    if not {"-m", "--multirun"} & set(arguments):
+        return arguments
+    parser = OverridesParser.create()
+    parsed = {}
+    for text in arguments:
+        if "=" in text and not text.startswith("-"):
+            try:
+                parsed[text] = parser.parse_override(text)
+            except HydraException:
+                return arguments  # Hydra says what is wrong with it
+    swept = {one.key_or_group for one in parsed.values() if one.is_sweep_override()}
+    heads = tuple(f"{group}{mark}" for group in swept for mark in "./")
+    out = []
+    for text in arguments:
+        one = parsed.get(text)
+        if one and not one.is_sweep_override() and one.key_or_group.startswith(heads or ("\0",)):
+            key, _, value = text.partition("=")
+            text = f"{key}=choice({value})"
+        out.append(text)
+    return out
 
 
 def _console() -> Console:

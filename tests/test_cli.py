@@ -105,6 +105,20 @@ def test_multirun_goes_on_after_a_failure_and_says_so(
     assert len(run("-m", "attn=exact,fna", "attn.layers=7,6", "force=true", *QUICK)) == 8
 
 
+def test_settings_of_swept_options_need_no_sweep_of_their_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    done = run("-m", "attn=fna,subset", "attn.num_landmarks=16", "attn.layers=[6,7]", "seed=0,1",
+               "attn/landmarks=random", "attn.landmarks.seed=${seed}", *QUICK)  # fmt: skip
+    records = [json.loads((path / "metrics.json").read_text())["config"] for path in done]
+    assert len(records) == 4
+    assert {one["attn"]["num_landmarks"] for one in records} == {16}
+    assert [one["attn"]["layers"] for one in records] == [[6, 7]] * 4
+    assert {one["attn"]["landmarks"]["seed"] for one in records} == {0, 1}
+    run("-m", "attn=fna,subset", "attn.landmark=16", *QUICK, code=1)
+    assert "attn.landmark: there is no such setting" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("logger", "left"), [("csv", "csv/metrics.csv"), ("wandb", "wandb")])
 def test_loggers_leave_their_files_in_the_run_folder(logger: str, left: str) -> None:
     (done,) = run(f"logger={logger}", *QUICK)
