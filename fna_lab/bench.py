@@ -34,6 +34,7 @@ from fna_lab.backbone.timm import TimmBackbone
 from fna_lab.metric import cost
 from fna_lab.report.figure import COLOURS, MARKERS
 from fna_lab.report.record import surroundings
+from fna_lab.report.table import make_console
 
 VARIANTS = ("exact", "fna", "fna_paper", "subset", "nystromformer", "linformer_pool", "performer")
 
@@ -284,7 +285,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="folder for JSON and plot")
     args = parser.parse_args()
     args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = make_console()
     try:
         rows = (bench_model if args.model else bench_attention)(args, console)
     except ValueError as error:

@@ -86,12 +86,6 @@ def spread(arguments: list[str]) -> list[str]:
     return out
 
 
-def _console() -> Console:
-    """Standard output; a file or pipe has no width of its own, so it gets room for wide tables."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
-
-
 def _job(cfg: DictConfig, done: list[Path], failed: dict[str, Exception]) -> dict[str, float]:
     from fna_lab.report import record, table  # torch: not for --help and --cfg
     from fna_lab.run import run
@@ -109,7 +103,7 @@ def _job(cfg: DictConfig, done: list[Path], failed: dict[str, Exception]) -> dic
             found = record.read(old)
         else:
             found = run(cfg, folder)
-            table.show(found, _console())
+            table.show(found, table.make_console())
             log.info("results: %s", folder)
     except Exception as error:
         log.debug("", exc_info=True)  # the traceback, to run.log
@@ -127,4 +121,4 @@ def _print_sweep(done: list[Path]) -> None:
         return
     from fna_lab.report import record, table
 
-    table.show_sweep([record.read(folder) for folder in done], _console())
+    table.show_sweep([record.read(folder) for folder in done], table.make_console())

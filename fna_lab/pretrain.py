@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from open_clip.model import CLIP, resize_pos_embed
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.optim.muon import Muon
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -73,16 +73,25 @@ class Lessons(IterableDataset):
         seed: seed of the stream.
         start: batches to skip.
         single: share of pictures with one object.
+        uniform: share of pictures with a uniform background.
     """
 
     def __init__(
-        self, *, img_size: int, batch_size: int, seed: int, start: int = 0, single: float = 0.6
+        self,
+        *,
+        img_size: int,
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        single: float = 0.6,
+        uniform: float = 0.5,
     ) -> None:
         self.img_size = img_size
         self.batch_size = batch_size
         self.seed = seed
         self.start = start
         self.single = single
+        self.uniform = uniform
         self.tokenize = WordTokenizer()
         self.claims = np.stack([claim for claims in single_claims() for claim in claims])
 
@@ -103,7 +112,9 @@ class Lessons(IterableDataset):
         texts, claims, claimed_grounds = [], [], []
         for i in range(self.batch_size):
             objects = (1, 1) if rng.random() < self.single else (2, 5)
-            scene = sample_scene(int(rng.integers(2**40)), objects=objects, split="train")
+            scene = sample_scene(
+                int(rng.integers(2**40)), objects=objects, split="train", uniform=self.uniform
+            )
             pictures[i], drawn = render(scene, self.img_size)
             centre = PATCH_SIZE // 2
             shapes[i] = drawn[centre::PATCH_SIZE, centre::PATCH_SIZE]
@@ -157,9 +168,12 @@ def _truth(
 class Pretraining(L.LightningModule):
     """Contrastive learning with every true pair as a positive."""
 
-    def __init__(self, model: CLIP, *, rate: float, steps: int, floor: float) -> None:
+    def __init__(
+        self, model: CLIP, *, rate: float, steps: int, floor: float, optimizer: str = "muon"
+    ) -> None:
         super().__init__()
         self.model = model
+        self.optimizer = optimizer
         self.rate = rate
         self.steps = steps
         self.floor = floor
@@ -206,18 +220,24 @@ class Pretraining(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        """Muon on the blocks' matrices, AdamW on the rest; warm-up, then cosine to the floor."""
+        """Muon on the blocks' matrices (or not), AdamW on the rest; warm-up, cosine to a floor."""
         blocks = {
             name: parameter
             for name, parameter in self.model.named_parameters()
             if parameter.ndim == 2 and ".resblocks." in f".{name}"
         }
         rest = [p for name, p in self.model.named_parameters() if name not in blocks]
-        groups = [
-            {"params": list(blocks.values()), "lr": 2 * self.rate, "weight_decay": 0.05},
-            {"params": rest, "lr": self.rate, "use_fallback": True},
-        ]
-        optimizer = Muon(groups, nesterov=True, betas=(0.9, 0.98))
+        matrices = {"params": list(blocks.values()), "weight_decay": 0.05}
+        optimizer: torch.optim.Optimizer
+        if self.optimizer == "muon":
+            groups = [
+                matrices | {"lr": 2 * self.rate},
+                {"params": rest, "lr": self.rate, "use_fallback": True},
+            ]
+            optimizer = Muon(groups, nesterov=True, betas=(0.9, 0.98))
+        else:
+            groups = [matrices, {"params": rest, "weight_decay": 0.0}]
+            optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.98))
         warm = min(50, self.steps // 10 + 1)
 
         def factor(step: int) -> float:
@@ -264,20 +284,26 @@ def train(args: argparse.Namespace) -> None:
     for number, (img_size, steps) in enumerate(stages):
         last = number == len(stages) - 1
         fresh = build_clip(img_size=img_size, **MODEL, pool=args.pool)
-        if model is not None:
-            state = model.state_dict()
+        state = model.state_dict() if model is not None else None
+        if args.start and model is None:
+            state = {key: value.float() for key, value in load_file(args.start).items()}
+        if state is not None:
             resize_pos_embed(state, fresh)
             fresh.load_state_dict(state)
         model = fresh
         rate = args.rate if number == 0 else args.rate / 2
-        module = Pretraining(model, rate=rate, steps=steps, floor=0.0 if last else 0.2)
-        lessons = Lessons(img_size=img_size, batch_size=args.batch_size, seed=args.seed)
+        module = Pretraining(
+            model, rate=rate, steps=steps, floor=0.0 if last else 0.2, optimizer=args.optimizer
+        )
+        lessons = Lessons(
+            img_size=img_size, batch_size=args.batch_size, seed=args.seed, uniform=args.uniform
+        )
         work = Path(args.work) / f"stage{number}"
         trainer = L.Trainer(
             max_steps=steps,
             accelerator="cpu" if args.cpu else "auto",
             devices=1,
-            precision="bf16-mixed",
+            precision=args.precision,
             gradient_clip_val=1.0,
             logger=False,
             callbacks=[
@@ -334,8 +360,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fna_lab.pretrain", description=__doc__)
     parser.add_argument("--stages", default="56:4000,112:600", help="img_size:steps, ...")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--optimizer", default="muon", choices=["muon", "adamw"])
+    parser.add_argument(
+        "--precision", default="bf16-mixed", help="32-true where a processor is slow in bfloat16"
+    )
+    parser.add_argument("--start", default=None, help="weights to begin with, a .safetensors file")
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
-    parser.add_argument("--pool", default="tok", choices=["tok", "avg"], help="CLS, or the mean")
+    parser.add_argument(
+        "--pool",
+        default="tok",
+        choices=["tok", "avg", "patches"],
+        help="what speaks for the picture: CLS; the mean of the patches; that, and no CLS at all",
+    )
+    parser.add_argument(
+        "--uniform", type=float, default=0.5, help="share of pictures on a uniform background"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=600, help="held-out pictures")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")

@@ -59,7 +59,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         _check_found(patched)
         record = {
             "name": cfg.name,
-            "task": records_name(task),
+            "task": task.name,
             "config": config,
             "config_hash": records.config_hash(config),
             "code_hash": records.code_hash(),
@@ -110,11 +110,6 @@ def plan(cfg: DictConfig, backbone: Backbone) -> tuple[Patch, Patch]:
     exact = patch(backbone.host, "exact", layers=patched.attn_layers, blocks=backbone.blocks_path)
     exact.enabled = False
     return patched, exact
-
-
-def records_name(task: Task) -> str:
-    """The task's name in `conf/task`: that of its file."""
-    return type(task).__module__.rsplit(".", 1)[-1]
 
 
 def _mask_facts(patched: Patch) -> dict[str, Any]:

@@ -190,7 +190,36 @@ class KeyMaskedAttention(AttentionVariant):
         return None, attn_mask
 
 
-class LandmarkAttention(KeyMaskedAttention):
+class ReducedAttention(KeyMaskedAttention):
+    """Attention through fewer vectors than there are tokens.
+
+    Args:
+        num_landmarks: how many.
+
+    Attributes:
+        stand_ins: what these vectors are called in messages.
+
+    Raises:
+        ValueError: `num_landmarks` is no positive integer.
+    """
+
+    stand_ins = "landmarks"
+
+    def __init__(self, *, num_landmarks: int) -> None:
+        if not isinstance(num_landmarks, int) or num_landmarks < 1:
+            raise ValueError(f"attn.num_landmarks={num_landmarks!r}: expected an integer >= 1.")
+        self.num_landmarks = self.min_tokens = num_landmarks
+
+    def check_tokens(self, tokens: int) -> None:
+        """Refuse more landmarks than tokens."""
+        if self.num_landmarks > tokens:
+            raise ValueError(
+                f"attn.num_landmarks={self.num_landmarks}: more {self.stand_ins} than the "
+                f"{tokens} tokens of a picture."
+            )
+
+
+class LandmarkAttention(ReducedAttention):
     """Attention through a few landmark tokens; the part that its variants share.
 
     It chooses landmarks; removed or padded keys never become one.
@@ -216,14 +245,12 @@ class LandmarkAttention(KeyMaskedAttention):
         renew: int = 1,
         keep_cls: bool = True,
     ) -> None:
-        if not isinstance(num_landmarks, int) or num_landmarks < 1:
-            raise ValueError(f"attn.num_landmarks={num_landmarks!r}: expected an integer >= 1.")
         if source not in SOURCES:
             raise ValueError(f"attn.source={source!r}: expected one of {', '.join(SOURCES)}.")
         if not isinstance(renew, int) or renew < 0:
             raise ValueError(f"attn.renew={renew!r}: expected an integer >= 0 (0 = never).")
+        super().__init__(num_landmarks=num_landmarks)
         self.landmarks = landmarks
-        self.num_landmarks = self.min_tokens = num_landmarks
         self.source = source
         self.renew = renew
         self.keep_cls = keep_cls
@@ -238,14 +265,6 @@ class LandmarkAttention(KeyMaskedAttention):
         width = {"q": head_dim, "k": head_dim, "qk": 2 * channels}.get(self.source, channels)
         selection = self.landmarks.flops(tokens, width, self.num_landmarks)
         return layers * self.layer_flops(tokens, heads, head_dim) + renewals * selection
-
-    def check_tokens(self, tokens: int) -> None:
-        """Refuse more landmarks than tokens."""
-        if self.num_landmarks > tokens:
-            raise ValueError(
-                f"attn.num_landmarks={self.num_landmarks}: more landmarks than the {tokens} "
-                "tokens of a picture."
-            )
 
     def choose(self, q: Tensor, k: Tensor, keys: Tensor | None, context: Context) -> Tensor:
         """Landmark indices, long `[b m]`: new ones, or those of an earlier layer of this pass.

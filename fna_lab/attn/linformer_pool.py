@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.base import Context, KeyMaskedAttention
+from fna_lab.attn.base import Context, ReducedAttention
 
 
-class LinformerPoolAttention(KeyMaskedAttention):
+class LinformerPoolAttention(ReducedAttention):
     """softmax(s Q (P K)') (P V), where P averages equal segments of tokens (Wang et al. 2020).
 
     Every prefix token is a segment of its own.
@@ -21,18 +21,10 @@ class LinformerPoolAttention(KeyMaskedAttention):
         ValueError: `num_landmarks` is no positive integer.
     """
 
-    def __init__(self, *, num_landmarks: int = 64) -> None:
-        if not isinstance(num_landmarks, int) or num_landmarks < 1:
-            raise ValueError(f"attn.num_landmarks={num_landmarks!r}: expected an integer >= 1.")
-        self.num_landmarks = self.min_tokens = num_landmarks
+    stand_ins = "segments"
 
-    def check_tokens(self, tokens: int) -> None:
-        """Refuse more segments than tokens."""
-        if self.num_landmarks > tokens:
-            raise ValueError(
-                f"attn.num_landmarks={self.num_landmarks}: more segments than the {tokens} "
-                "tokens of a picture."
-            )
+    def __init__(self, *, num_landmarks: int = 64) -> None:
+        super().__init__(num_landmarks=num_landmarks)
 
     def attend(
         self,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.base import Context, KeyMaskedAttention
+from fna_lab.attn.base import Context, ReducedAttention
 from fna_lab.attn.solver.base import Solver
 from fna_lab.attn.solver.newton_schulz import NewtonSchulzSolver
 
 
-class NystromformerAttention(KeyMaskedAttention):
+class NystromformerAttention(ReducedAttention):
     """Nystroem attention whose landmark queries and keys are means of equal segments of tokens.
 
     Every prefix token is a segment of its own. The trained convolution of the original is left
@@ -24,19 +24,11 @@ class NystromformerAttention(KeyMaskedAttention):
         ValueError: `num_landmarks` is no positive integer.
     """
 
-    def __init__(self, *, num_landmarks: int = 64, solver: Solver | None = None) -> None:
-        if not isinstance(num_landmarks, int) or num_landmarks < 1:
-            raise ValueError(f"attn.num_landmarks={num_landmarks!r}: expected an integer >= 1.")
-        self.num_landmarks = self.min_tokens = num_landmarks
-        self.solver = solver or NewtonSchulzSolver()
+    stand_ins = "segments"
 
-    def check_tokens(self, tokens: int) -> None:
-        """Refuse more segments than tokens."""
-        if self.num_landmarks > tokens:
-            raise ValueError(
-                f"attn.num_landmarks={self.num_landmarks}: more segments than the {tokens} "
-                "tokens of a picture."
-            )
+    def __init__(self, *, num_landmarks: int = 64, solver: Solver | None = None) -> None:
+        super().__init__(num_landmarks=num_landmarks)
+        self.solver = solver or NewtonSchulzSolver()
 
     def attend(
         self,

@@ -119,7 +119,7 @@ class OpenClipBackbone(Backbone):
     def num_prefix_tokens(self) -> int:
         """CLS and registers before the patch tokens."""
         visual = self.host.visual
-        return int(visual.trunk.num_prefix_tokens) if hasattr(visual, "trunk") else 1
+        return int(getattr(getattr(visual, "trunk", visual), "num_prefix_tokens", 1))
 
     @property
     def num_heads(self) -> int:

@@ -186,6 +186,15 @@ class Patch:
             self.enabled = was_enabled
 
     @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Detect tokens inside the `with`, and leave `pictures` and `found` as they were."""
+        counts = self.pictures, list(self._found)
+        try:
+            yield
+        finally:
+            self.pictures, self._found = counts
+
+    @contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:
         """Show every block's attention to an observer, whether it is replaced or not."""
         others = tuple(i for i in range(len(self.blocks)) if i not in self._touched)

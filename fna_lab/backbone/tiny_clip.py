@@ -6,6 +6,7 @@ import re
 
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
 PATCH_SIZE = 8
@@ -61,11 +62,12 @@ def build_clip(
     text_depth: int,
     pool: str = "tok",
 ) -> CLIP:
-    """The untrained pair: a ViT with CLS and 8-pixel patches, and a small text tower.
+    """The untrained pair: a ViT with 8-pixel patches, and a small text tower.
 
-    `pool` is what speaks for the picture: `tok` = CLS, `avg` = the mean of the patch tokens.
+    `pool` is what speaks for the picture: `tok` = CLS, `avg` = the mean of the patch tokens,
+    `patches` = the same, and there is no CLS in the sequence.
     """
-    return CLIP(
+    clip = CLIP(
         width,
         vision_cfg=CLIPVisionCfg(
             image_size=img_size,
@@ -73,7 +75,7 @@ def build_clip(
             width=width,
             head_width=width // heads,
             patch_size=PATCH_SIZE,
-            pool_type=pool,
+            pool_type="avg" if pool == "patches" else pool,
         ),
         text_cfg=CLIPTextCfg(
             context_length=CONTEXT_LENGTH,
@@ -83,3 +85,28 @@ def build_clip(
             layers=text_depth,
         ),
     )
+    if pool == "patches":
+        clip.visual = _WithoutCls(
+            image_size=img_size,
+            patch_size=PATCH_SIZE,
+            width=width,
+            layers=depth,
+            heads=heads,
+            mlp_ratio=4.0,
+            output_dim=width,
+            pool_type="avg",
+        )
+    return clip
+
+
+class _WithoutCls(VisionTransformer):
+    """open_clip's ViT whose CLS leaves the sequence before the first block."""
+
+    num_prefix_tokens = 0
+    has_class_token = False
+
+    def _embeds(self, x: Tensor) -> Tensor:
+        return super()._embeds(x)[:, 1:]  # what is left out so far works on each token alone
+
+    def _global_pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.mean(dim=1), x

@@ -27,7 +27,6 @@ COLOURS = {
 SIZES = {"small": (0.10, 0.13), "medium": (0.17, 0.21), "large": (0.28, 0.34)}
 TEXTURES = ("plain", "striped", "dotted", "checkered")
 BACKGROUNDS = ("uniform", "gradient", "noise", "stripes")
-BACKGROUND_SHARES = (0.5, 0.2, 0.15, 0.15)
 SPLITS = ("train", "val", "test")
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 
@@ -151,13 +150,16 @@ def split_of(composition: tuple[Attributes, ...]) -> str:
     return "test" if place == 0 else "val" if place == 1 else "train"
 
 
-def sample_scene(seed: int, *, objects: tuple[int, int] = (1, 5), split: str = "train") -> Scene:
+def sample_scene(
+    seed: int, *, objects: tuple[int, int] = (1, 5), split: str = "train", uniform: float = 0.5
+) -> Scene:
     """A random scene whose composition belongs to a split.
 
     Args:
         seed: any non-negative integer; the same seed gives the same scene.
         objects: fewest and most objects, 1 to 5.
         split: `train`, `val` or `test`.
+        uniform: share of scenes with a uniform background.
 
     Raises:
         ValueError: a setting is out of range.
@@ -174,7 +176,9 @@ def sample_scene(seed: int, *, objects: tuple[int, int] = (1, 5), split: str = "
         if split_of(tuple(sorted(attributes))) == split:
             break
     things = _place(rng, attributes)
-    background = BACKGROUNDS[rng.choice(len(BACKGROUNDS), p=BACKGROUND_SHARES)]
+    rest = 1 - uniform
+    shares = (uniform, 0.4 * rest, 0.3 * rest, 0.3 * rest)
+    background = BACKGROUNDS[rng.choice(len(BACKGROUNDS), p=shares)]
     return Scene(tuple(things), background, int(rng.integers(2**31)))
 
 

@@ -10,8 +10,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from fna_lab.report import figure, record, table
 
 
@@ -30,8 +28,7 @@ def main() -> None:
     records = [record.read(folder) for folder in record.finished(args.folder)]
     if not records:
         sys.exit(f"error: {args.folder} holds no finished run (no {record.METRICS} below it).")
-    console = Console()
-    console = console if console.is_terminal else Console(width=120)
+    console = table.make_console()
     if len(records) == 1:
         table.show(records[0], console)
     else:

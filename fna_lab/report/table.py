@@ -19,6 +19,12 @@ COST_ROWS = (
 )
 
 
+def make_console() -> Console:
+    """Standard output; a file or pipe has no width of its own, so it gets room for wide tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
 def show(record: Mapping[str, Any], console: Console) -> None:
     """Print what was run, its metrics, and its cost against exact attention."""
     parts: list[Any] = [_heading(record), _metrics(record["metrics"])]

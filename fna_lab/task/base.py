@@ -46,6 +46,11 @@ class Task(L.LightningModule):
         self.found: dict[str, float] = {}
         self.scores = nn.ModuleDict({"n": SumMetric()})
 
+    @property
+    def name(self) -> str:
+        """The task's name in `conf/task`: that of its file."""
+        return type(self).__module__.rsplit(".", 1)[-1]
+
     @torch.no_grad()
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Measure one batch; the first one also tells the cost."""
@@ -54,7 +59,8 @@ class Task(L.LightningModule):
         for name, metric in self.scores.items():
             self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(batch["image"]))  # type: ignore[arg-type]
         if batch_idx == 0 and self.measure_cost:
-            self.costs = self._cost(batch["image"])
+            with self.patched.uncounted():
+                self.costs = self._cost(batch["image"])
 
     def step(self, batch: dict[str, Any]) -> None:
         """Update the metrics and rows with one batch."""
@@ -97,7 +103,6 @@ class Task(L.LightningModule):
 
     def _cost(self, images: Tensor) -> dict[str, float | None]:
         patched, exact, device = self.patched, self.exact, images.device
-        seen = patched.pictures, list(patched._found)
 
         def run() -> None:
             self.backbone(images)
@@ -124,5 +129,4 @@ class Task(L.LightningModule):
         found["speedup"] = times["exact"]["total"] / times["patched"]["total"]
         found["exact_peak_mib"] = cost.peak_memory(run_exact, device) / 2**20
         found["patched_peak_mib"] = cost.peak_memory(run, device) / 2**20
-        patched.pictures, patched._found = seen
         return found | flops

@@ -80,7 +80,8 @@ class Classification(Task):
         if "zero_shot" in self.protocols:
             self._texts = self._embed_classes(classes, data.templates)
         if "knn" in self.protocols:
-            self._bank = self._embed_bank(data)
+            with self.patched.uncounted():
+                self._bank = self._embed_bank(data)
 
     def step(self, batch: dict[str, Any]) -> None:
         """Predict by every protocol."""
@@ -149,7 +150,6 @@ class Classification(Task):
     def _embed_bank(self, data: Any) -> tuple[Tensor, Tensor]:
         loader = data.bank_dataloader()
         features, labels = [], []
-        seen = self.patched.pictures, list(self.patched._found)
         for i, batch in enumerate(loader):
             images = batch["image"].to(self.device)
             found = self.backbone(images).pooled
@@ -157,5 +157,4 @@ class Classification(Task):
             labels.append(batch["label"].to(self.device))
             if i % 10 == 0:
                 log.info("k-NN bank: %d of %d pictures", i * data.batch_size, len(loader.dataset))
-        self.patched.pictures, self.patched._found = seen
         return torch.cat(features), torch.cat(labels)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
+
+from fna_lab import ops
 
 
 class LandmarkSampler(ABC):
@@ -34,6 +37,29 @@ class LandmarkSampler(ABC):
         Returns:
             Token indices, long `[b m]`.
         """
+
+    def with_cells(
+        self,
+        guaranteed: Tensor,
+        num: int,
+        *,
+        num_prefix_tokens: int,
+        grid: tuple[int, int] | None,
+        instead: str,
+    ) -> Tensor:
+        """Guaranteed tokens, then at most `num` cells of a regular grid: long `[b g + cells]`.
+
+        Raises:
+            ValueError: the host's patch grid is unknown; `instead` names a sampler to use.
+        """
+        if grid is None:
+            name = type(self).__module__.rpartition(".")[2]
+            raise ValueError(
+                f"attn/landmarks={name} needs the patch grid, which this host does not show; "
+                f"use attn/landmarks={instead}."
+            )
+        cells = guaranteed.new_tensor(ops.grid_cells(grid, num)) + num_prefix_tokens
+        return torch.cat([guaranteed, cells.expand(guaranteed.shape[0], -1)], dim=1)
 
     def flops(self, tokens: int, channels: int, num: int) -> int:  # noqa: ARG002
         """FLOPs of choosing `num` of `tokens` points with so many channels, for one picture."""

@@ -27,16 +27,17 @@ class GridLandmarks(LandmarkSampler):
         Raises:
             ValueError: the host's patch grid is unknown.
         """
-        if grid is None:
-            raise ValueError(
-                "attn/landmarks=grid needs the patch grid, which this host does not show; "
-                "use attn/landmarks=segment."
-            )
+        first = self.with_cells(
+            guaranteed,
+            num - guaranteed.shape[1],
+            num_prefix_tokens=num_prefix_tokens,
+            grid=grid,
+            instead="segment",
+        )
+        assert grid is not None  # or the line above raised
         batch, size, _ = points.shape
         patches = torch.arange(grid[0] * grid[1], device=points.device)
         places = torch.stack([patches // grid[1], patches % grid[1]], dim=1).to(torch.float32)
         # Prefix tokens have no place; they come last, as if they lay on the first patch.
         places = torch.cat([places[:1].expand(size - len(places), -1), places])
-        cells = torch.tensor(ops.grid_cells(grid, num - guaranteed.shape[1]), device=points.device)
-        first = torch.cat([guaranteed, (cells.long() + num_prefix_tokens).expand(batch, -1)], 1)
         return ops.farthest_points(places.expand(batch, -1, -1), num, first=first, allowed=allowed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fna_lab import ops
@@ -44,14 +43,13 @@ class GridFarthestPointLandmarks(LandmarkSampler):
         Raises:
             ValueError: the host's patch grid is unknown.
         """
-        if grid is None:
-            raise ValueError(
-                "attn/landmarks=grid_fps needs the patch grid, which this host does not show; "
-                "use attn/landmarks=fps."
-            )
-        cells = ops.grid_cells(grid, min(int(self.share * num), num - guaranteed.shape[1]))
-        cells = torch.tensor(cells, device=points.device, dtype=torch.long) + num_prefix_tokens
-        first = torch.cat([guaranteed, cells.expand(points.shape[0], -1)], dim=1)
+        first = self.with_cells(
+            guaranteed,
+            min(int(self.share * num), num - guaranteed.shape[1]),
+            num_prefix_tokens=num_prefix_tokens,
+            grid=grid,
+            instead="fps",
+        )
         return ops.farthest_points(
             points,
             num,
