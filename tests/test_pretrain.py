@@ -84,3 +84,27 @@ def test_training_writes_weights_that_load(
     pairs = zip(model.parameters(), fresh.parameters(), strict=True)
     assert not all(torch.equal(a, b) for a, b in pairs)
     assert model.encode_text(WordTokenizer()(["a red circle"])).shape == (1, 128)
+
+
+def test_training_goes_on_from_weights_without_cls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = "--stages 24:1 --batch-size 8 --count 4 --workers 0 --cpu --rate 0".split()
+    more = ["--pool", "patches", "--uniform", "0.9", "--optimizer", "adamw"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    monkeypatch.setattr(sys, "argv", ["pretrain", *small, "--out", str(first)])
+    monkeypatch.chdir(tmp_path)
+    pretrain.main()
+    start = ["--start", str(first / "fna_tiny.safetensors"), "--out", str(second)]
+    monkeypatch.setattr(sys, "argv", ["pretrain", *small, *more, *start])
+    pretrain.main()
+    one, two = (safetensors.torch.load_file(d / "fna_tiny.safetensors") for d in (first, second))
+    # At rate 0 the second run ends with the weights that it began with.
+    torch.testing.assert_close(one["visual.conv1.weight"], two["visual.conv1.weight"])
+    facts = json.loads((second / "fna_tiny.json").read_text())
+    model = build_clip(img_size=24, **facts["model"])
+    seen: list[int] = []
+    block = model.visual.transformer.resblocks[0]
+    block.register_forward_hook(lambda _m, _i, out: seen.append(out.shape[1]))
+    model.encode_image(torch.zeros(1, 3, 24, 24))
+    assert seen == [9]  # 3 x 3 patches, no CLS
