@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle as Handle
 
 from fna_lab import ops
 from fna_lab.attn.landmarks.base import LandmarkSampler
@@ -52,6 +53,7 @@ class Context:
         removal: what the mask strategy takes away at this layer.
         shared: what earlier layers of the same forward pass left for later ones.
         stopwatch: notes the time of parts, None where nobody measures.
+        classes: token classes that the variant asked for by `token_classes`, bool `[b n]` each.
     """
 
     layer: int
@@ -65,6 +67,7 @@ class Context:
     removal: Removal | None = None
     shared: dict[str, Tensor] = field(default_factory=dict)
     stopwatch: Stopwatch | None = None
+    classes: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def removed(self) -> Tensor | None:
@@ -78,10 +81,14 @@ class AttentionVariant(ABC):
     Attributes:
         patterns: the mask patterns that the variant honours, in both stages.
         min_tokens: the fewest tokens that it can work on.
+        token_classes: classes (`massive`, `artifact`) that must be detected for it.
+        num_extra_tokens: tokens that its `hooks` append behind the host's own.
     """
 
     patterns: Iterable[str] = ()
     min_tokens: int = 1
+    token_classes: tuple[str, ...] = ()
+    num_extra_tokens: int = 0
 
     @abstractmethod
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
@@ -96,6 +103,15 @@ class AttentionVariant(ABC):
         """FLOPs of the attention of one picture over so many layers, selection included."""
         del channels
         return layers * ops.attention_flops(tokens, heads, head_dim)
+
+    def hooks(self, blocks: Sequence[nn.Module], layers: Sequence[int]) -> Iterable[Handle]:  # noqa: ARG002
+        """Hooks on the host that the variant needs beside the seam; removed with the patch.
+
+        Args:
+            blocks: the host's blocks, in order.
+            layers: those whose attention is replaced.
+        """
+        return ()
 
     def check_tokens(self, tokens: int) -> None:  # noqa: ARG002, B027 (most need no check)
         """Refuse, before any data is read, pictures of too few tokens.

@@ -21,6 +21,7 @@ from fna_lab.attn.stopwatch import Stopwatch
 from fna_lab.backbone.blocks import find_blocks, find_patch_embedding, says_cls, says_prefix
 from fna_lab.backbone.seam import AttentionSeam, EnterSeam, LeaveSeam
 from fna_lab.mask.base import Mask
+from fna_lab.mask.detector.base import Evidence
 
 Variant = TypeVar("Variant", AttentionVariant, Mask)
 
@@ -243,7 +244,8 @@ class Patch:
             )
         self._input = x
         if layer == self.detect and self.mask.detector.reads == "hidden":
-            self._keep(self.mask.detector(x, num_prefix_tokens=self._prefix(x)))
+            prefix = self._prefix(x)
+            self._keep(self.mask.detector(Evidence(x, prefix, self._has_cls(prefix))))
 
     def _attend(
         self,
@@ -265,7 +267,7 @@ class Patch:
             )
         if x.shape[1] != q.shape[2]:
             x = x.transpose(0, 1)  # hosts that keep tokens first: [n b c]
-        if layer == self.detect and self.mask.detector.reads == "cls_row":
+        if layer == self.detect and self.mask.detector.reads == "attention":
             self._keep(self._detect_from_cls(q, k, scale, x))
         variant = self._exact
         nth = self._pass.nth
@@ -302,8 +304,7 @@ class Patch:
                 f"mask/detector={self.mask.detector.name} reads the attention of CLS, and "
                 f"{type(self.model).__name__} has no CLS; use mask/detector=norm_ratio."
             )
-        row = ops.cls_row(q, k, scale=scale)
-        return self.mask.detector(row, num_prefix_tokens=prefix)
+        return self.mask.detector(Evidence(x, prefix, True, q=q, k=k, scale=scale))
 
     def _keep(self, tokens: Tensor) -> None:
         prefix = self._prefix(tokens)

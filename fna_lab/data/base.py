@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -80,6 +81,20 @@ class PictureData(L.LightningDataModule):
             f"data={self.name} has no labelled training pictures, "
             "which task.protocols=[knn] needs."
         )
+
+    def calibration(self, count: int) -> Tensor:
+        """A few pictures `[k 3 h w]` to settle a variant on: of the bank, or the first measured.
+
+        Fewer than `count` where there are no more.
+        """
+        assert self.test_set is not None, "call setup first"
+        try:
+            source = self.bank()
+        except NotImplementedError:
+            source = self.test_set
+        size = len(source)  # type: ignore[arg-type]
+        picks = torch.linspace(0, size - 1, min(count, size)).round().long().tolist()
+        return torch.stack([source[i]["image"] for i in picks])
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Batches of the pictures to measure on."""

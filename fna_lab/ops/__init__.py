@@ -15,6 +15,7 @@ from fna_lab.ops.detectors import (
     incoming,
     norm_gap,
     norm_ratio,
+    patch_norms,
     suppression,
 )
 from fna_lab.ops.merging import bipartite_matching, merge_tokens, unmerge_tokens
@@ -59,6 +60,7 @@ __all__ = [
     "nystrom_chain",
     "nystrom_flops",
     "orthogonal_features",
+    "patch_norms",
     "performer_attention",
     "recall_at_k",
     "removed_pairs",

@@ -32,7 +32,7 @@ def norm_gap(
 
     Source: Fast Nystroem Attention's companion study of massive tokens (norm-gap heuristic).
     """
-    norms = _patch_norms(x, prefix).log()
+    norms = patch_norms(x, prefix).log()
     pooled = norms if per_picture else norms.reshape(1, -1)
     ordered = pooled.sort(dim=1).values
     gaps = ordered.diff(dim=1)
@@ -61,7 +61,7 @@ def norm_ratio(x: Tensor, *, prefix: int = 1, ratio: float = 5.0) -> Tensor:
     """
     if not ratio > 0:
         raise ValueError(f"Expected ratio to be > 0, got {ratio!r}.")
-    norms = _patch_norms(x, prefix)
+    norms = patch_norms(x, prefix)
     return _with_prefix(norms > ratio * norms.median(1, keepdim=True).values, prefix)
 
 
@@ -183,7 +183,13 @@ def suppression(x: Tensor, v: Tensor, out_weight: Tensor) -> Tensor:
     return seen @ v.mT
 
 
-def _patch_norms(x: Tensor, prefix: int) -> Tensor:
+def patch_norms(x: Tensor, prefix: int) -> Tensor:
+    """Norms of the patch tokens, in at least float32: hidden states `[b n c]` -> `[b p]`.
+
+    Raises:
+        TypeError: `x` is not a floating tensor.
+        ValueError: `x` is not `[b n c]` or holds fewer than two patch tokens.
+    """
     check_float("x", x, 3, "[b n c]")
     if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:
         raise ValueError(f"Expected prefix to be an integer >= 0, got {prefix!r}.")

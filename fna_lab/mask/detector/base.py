@@ -1,25 +1,102 @@
-"""What every detector promises."""
+"""What every detector sees and promises."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from fna_lab import ops
+
+
+@dataclass
+class Evidence:
+    """What one block shows of its tokens.
+
+    Attributes:
+        x: the block's input `[b n c]`.
+        num_prefix_tokens: CLS and registers before the patch tokens.
+        has_cls: whether token 0 is CLS.
+        grid: (rows, columns) of the patch tokens, None where unknown.
+        q: queries `[b h n d]`; None for a detector that reads hidden states alone.
+        k: keys `[b h n d]`; None likewise.
+        scale: factor of the logits.
+        bias: added to the logits, broadcastable to `[b h n n]`; None = nothing.
+        found: tokens found in earlier rounds, bool `[b n]`; None in the first.
+        stage: how those were taken out of this block's attention (`type1`), `mask` or `sink`.
+        prepared: what the detector's own `prepare` returned for this host.
+    """
+
+    x: Tensor
+    num_prefix_tokens: int
+    has_cls: bool
+    grid: tuple[int, int] | None = None
+    q: Tensor | None = None
+    k: Tensor | None = None
+    scale: float = 1.0
+    bias: Tensor | None = None
+    found: Tensor | None = None
+    stage: str = "mask"
+    prepared: Any = None
+
+    def candidates(self) -> Tensor:
+        """Tokens that may be found: no prefix token, and none found before; bool `[b n]`."""
+        free = torch.arange(self.x.shape[1], device=self.x.device) >= self.num_prefix_tokens
+        free = free.expand(self.x.shape[:2])
+        return free if self.found is None else free & ~self.found
+
+    def cls_row(self) -> Tensor:
+        """The attention of CLS, under what was found before: `[b h 1 n]`, in O(n d)."""
+        return self._weights(slice(0, 1))
+
+    def pattern(self) -> Tensor:
+        """The attention of every token: `[b h n n]`, in at least float32."""
+        return self._weights(slice(None))
+
+    def _weights(self, rows: slice) -> Tensor:
+        assert self.q is not None and self.k is not None  # the patch gives what `reads` asks for
+        q, k = self.q, self.k
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = self.scale * (q[:, :, rows].to(wide) @ k.to(wide).mT)
+        if self.bias is not None:
+            scores = scores + self.bias.expand(*q.shape[:3], k.shape[2])[:, :, rows]
+        if self.found is None:
+            return scores.softmax(-1)
+        gone = self.found[:, None, None]
+        if self.stage == "mask":
+            return scores.masked_fill(gone, -torch.inf).softmax(-1)
+        return scores.softmax(-1).masked_fill(gone, 0.0)
 
 
 class Detector(ABC):
-    """Marks the tokens of T, each picture on its own.
+    """Marks the tokens of T, each picture on its own; stateless.
 
     Attributes:
-        reads: `hidden` = the input hidden states of the detection block `[b n c]`;
-            `cls_row` = the attention of CLS in that block `[b h 1 n]`.
+        reads: `hidden` = the input of the detection block; `attention` = its queries and keys too.
+        finds: the class that its tokens get, `massive` or `artifact`.
     """
 
     reads: str = "hidden"
+    finds: str = "massive"
 
     @abstractmethod
-    def __call__(self, evidence: Tensor, *, num_prefix_tokens: int) -> Tensor:
-        """What `reads` names -> bool `[b n]`, prefix tokens False."""
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """T, bool `[b n]`; prefix tokens and tokens found before are False."""
+
+    @abstractmethod
+    def scores(self, evidence: Evidence) -> Tensor:
+        """How far each token stands out, `[b n]`: within T, the first to be taken is highest.
+
+        Prefix tokens and tokens found before are -inf.
+        """
+
+    def prepare(self, blocks: Sequence[nn.Module], detect: int) -> Any:  # noqa: ARG002
+        """What only the host's weights tell, once a patch; handed back as `evidence.prepared`."""
+        return None
 
     @property
     def name(self) -> str:
@@ -30,3 +107,12 @@ class Detector(ABC):
     def threshold(self) -> str:
         """Its setting that decides how many tokens are found, as `setting=value`."""
         return ""
+
+
+def token_norms(evidence: Evidence) -> Tensor:
+    """Norms of the candidates in medians of the picture's patch tokens, others -inf: `[b n]`."""
+    norms = ops.patch_norms(evidence.x, evidence.num_prefix_tokens)
+    norms = norms / norms.median(1, keepdim=True).values
+    padding = norms.new_zeros((norms.shape[0], evidence.num_prefix_tokens))
+    norms = torch.cat([padding, norms], dim=1)
+    return norms.masked_fill(~evidence.candidates(), -torch.inf)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.mask.detector.base import Detector
+from fna_lab.mask.detector.base import Detector, Evidence
 
 
 class ClsProxyDetector(Detector):
@@ -20,7 +20,7 @@ class ClsProxyDetector(Detector):
         ValueError: a setting is out of range.
     """
 
-    reads = "cls_row"
+    reads = "attention"
 
     def __init__(self, *, ratio: float = 0.3, top: int | None = None) -> None:
         if not ratio > 0:
@@ -30,11 +30,15 @@ class ClsProxyDetector(Detector):
         self.ratio = ratio
         self.top = top
 
-    def __call__(self, evidence: Tensor, *, num_prefix_tokens: int) -> Tensor:
-        """The row of CLS `[b h 1 n]` -> bool `[b n]`; registers are never returned."""
-        prefix = torch.arange(evidence.shape[-1], device=evidence.device) < num_prefix_tokens
-        known = prefix.expand(evidence.shape[0], -1)
-        return ops.cls_proxy(evidence, ratio=self.ratio, top=self.top, found=known)
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """T, bool `[b n]`; registers are never returned."""
+        known = ~evidence.candidates()
+        return ops.cls_proxy(evidence.cls_row(), ratio=self.ratio, top=self.top, found=known)
+
+    def scores(self, evidence: Evidence) -> Tensor:
+        """a[CLS, t] / a[CLS, CLS], heads averaged: `[b n]`."""
+        row = evidence.cls_row()[:, :, 0].mean(1)
+        return (row / row[:, :1]).masked_fill(~evidence.candidates(), -torch.inf)
 
     @property
     def threshold(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.mask.detector.base import Detector
+from fna_lab.mask.detector.base import Detector, Evidence, token_norms
 
 
 class NormGapDetector(Detector):
@@ -23,11 +23,21 @@ class NormGapDetector(Detector):
             raise ValueError(f"mask.detector.min_gap={min_gap}: expected a number >= 0.")
         self.min_gap = min_gap
 
-    def __call__(self, evidence: Tensor, *, num_prefix_tokens: int) -> Tensor:
-        """Hidden states `[b n c]` -> bool `[b n]`."""
-        return ops.norm_gap(
-            evidence, prefix=num_prefix_tokens, per_picture=True, min_gap=self.min_gap
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """T, bool `[b n]`."""
+        return (
+            ops.norm_gap(
+                evidence.x,
+                prefix=evidence.num_prefix_tokens,
+                per_picture=True,
+                min_gap=self.min_gap,
+            )
+            & evidence.candidates()
         )
+
+    def scores(self, evidence: Evidence) -> Tensor:
+        """Norms in medians of the picture: `[b n]`."""
+        return token_norms(evidence)
 
     @property
     def threshold(self) -> str:

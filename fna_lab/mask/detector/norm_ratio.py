@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.mask.detector.base import Detector
+from fna_lab.mask.detector.base import Detector, Evidence, token_norms
 
 
 class NormRatioDetector(Detector):
@@ -23,9 +23,14 @@ class NormRatioDetector(Detector):
             raise ValueError(f"mask.detector.ratio={ratio}: expected a number > 0.")
         self.ratio = ratio
 
-    def __call__(self, evidence: Tensor, *, num_prefix_tokens: int) -> Tensor:
-        """Hidden states `[b n c]` -> bool `[b n]`."""
-        return ops.norm_ratio(evidence, prefix=num_prefix_tokens, ratio=self.ratio)
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """T, bool `[b n]`."""
+        found = ops.norm_ratio(evidence.x, prefix=evidence.num_prefix_tokens, ratio=self.ratio)
+        return found & evidence.candidates()
+
+    def scores(self, evidence: Evidence) -> Tensor:
+        """Norms in medians of the picture: `[b n]`."""
+        return token_norms(evidence)
 
     @property
     def threshold(self) -> str:
