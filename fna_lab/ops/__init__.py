@@ -1,6 +1,6 @@
 """Tensor functions: attention, Nystroem attention, farthest points, patterns, detectors, cost."""
 
-from fna_lab.ops.attention import attention
+from fna_lab.ops.attention import attention, attention_pattern
 from fna_lab.ops.choices import cluster_medoids, grid_cells, leverage_scores, segment_centres
 from fna_lab.ops.cost import (
     attention_flops,
@@ -34,12 +34,22 @@ from fna_lab.ops.random_features import orthogonal_features, performer_attention
 from fna_lab.ops.retrieval import knn_probabilities, recall_at_k
 from fna_lab.ops.segments import segment_weights
 from fna_lab.ops.solvers import newton_schulz, ridge_solve
+from fna_lab.ops.strategies import (
+    CORRECTIONS,
+    REPLACEMENTS,
+    projection_correction,
+    redistribute,
+    replace_tokens,
+)
 
 __all__ = [
+    "CORRECTIONS",
     "PATTERNS",
+    "REPLACEMENTS",
     "STAGES",
     "attention",
     "attention_flops",
+    "attention_pattern",
     "bipartite_matching",
     "break_even_tokens",
     "check_pattern",
@@ -64,8 +74,11 @@ __all__ = [
     "orthogonal_features",
     "patch_norms",
     "performer_attention",
+    "projection_correction",
     "recall_at_k",
+    "redistribute",
     "removed_pairs",
+    "replace_tokens",
     "restore_own_rows",
     "ridge_solve",
     "segment_centres",
