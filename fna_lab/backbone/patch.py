@@ -171,6 +171,12 @@ class Patch:
         return None if found is None else found.ranks
 
     @property
+    def strengths(self) -> Tensor | None:
+        """Of an iterative schedule, how far each token of T stood out when it was found."""
+        found = self._pass.found.get("mask")
+        return None if found is None else found.scores
+
+    @property
     def classes(self) -> dict[str, Tensor]:
         """Token classes of the last forward pass, bool `[b n]` each."""
         return {s.name: self._class(s.name) for s in self.searches if s.name != "mask"}

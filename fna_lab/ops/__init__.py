@@ -1,6 +1,7 @@
 """Tensor functions: attention, Nystroem attention, farthest points, patterns, detectors, cost."""
 
 from fna_lab.ops.attention import attention, attention_pattern
+from fna_lab.ops.bootstrap import bootstrap_mean
 from fna_lab.ops.choices import cluster_medoids, grid_cells, leverage_scores, segment_centres
 from fna_lab.ops.cost import (
     attention_flops,
@@ -51,6 +52,7 @@ __all__ = [
     "attention_flops",
     "attention_pattern",
     "bipartite_matching",
+    "bootstrap_mean",
     "break_even_tokens",
     "check_pattern",
     "cls_proxy",
