@@ -229,7 +229,7 @@ def test_anatomy_leaves_the_model_as_it_was(backbone: Backbone) -> None:
         with patch(backbone.host, "fna", layers="6-11", num_landmarks=4) as patched:
             plain = backbone(images).pooled
             seen = []
-            with patched.observed(lambda q, k, context: seen.append(context.layer)):
+            with patched.observed(lambda q, k, v, context: seen.append(context.layer)):
                 watched = backbone(images).pooled
             assert seen == list(range(12))
             assert torch.equal(watched, plain) and torch.equal(backbone(images).pooled, plain)

@@ -25,7 +25,7 @@ from fna_lab.mask.detector.base import Evidence
 
 Variant = TypeVar("Variant", AttentionVariant, Mask)
 
-Observer = Callable[[Tensor, Tensor, Context], None]
+Observer = Callable[[Tensor, Tensor, Tensor, Context], None]
 
 # CLIP ViT-L/14, 24 blocks: detection, masks and FNA from block 13 on; others in proportion.
 START = 13 / 24
@@ -117,7 +117,7 @@ class Patch:
         mask_layers: blocks whose attention is masked.
         detect: block at which tokens are detected, None without a mask.
         stopwatch: notes the time of attention and selection, None where nobody measures.
-        observer: is shown queries, keys and context before each attention, None = nobody looks.
+        observer: is shown queries, keys, values and context before each attention, None = nobody looks.
         enabled: False while the model runs as it came.
         pictures: pictures seen by the detector so far.
         tokens: T of the last forward pass, bool `[b n]`, None before the first.
@@ -289,7 +289,7 @@ class Patch:
             stopwatch=self.stopwatch,
         )
         if self.observer is not None:
-            self.observer(q, k, context)
+            self.observer(q, k, v, context)
         if self.stopwatch is None:
             return variant(q, k, v, context)
         begin = self.stopwatch.now()

@@ -1,5 +1,18 @@
 """Tensor functions: attention, Nystroem attention, farthest points, patterns, detectors, cost."""
 
+from fna_lab.ops.anatomy import (
+    CLASSES,
+    class_max,
+    class_mean,
+    class_members,
+    class_sums,
+    class_suppression,
+    ov_alignment,
+    per_head,
+    principal_components,
+    qk_alignment,
+    top_activations,
+)
 from fna_lab.ops.attention import attention
 from fna_lab.ops.choices import cluster_medoids, grid_cells, leverage_scores, segment_centres
 from fna_lab.ops.cost import (
@@ -35,12 +48,18 @@ from fna_lab.ops.segments import segment_weights
 from fna_lab.ops.solvers import newton_schulz, ridge_solve
 
 __all__ = [
+    "CLASSES",
     "PATTERNS",
     "STAGES",
     "attention",
     "attention_flops",
     "bipartite_matching",
     "break_even_tokens",
+    "class_max",
+    "class_mean",
+    "class_members",
+    "class_sums",
+    "class_suppression",
     "cls_proxy",
     "cls_row",
     "cluster_medoids",
@@ -60,8 +79,12 @@ __all__ = [
     "nystrom_chain",
     "nystrom_flops",
     "orthogonal_features",
+    "ov_alignment",
     "patch_norms",
+    "per_head",
     "performer_attention",
+    "principal_components",
+    "qk_alignment",
     "recall_at_k",
     "removed_pairs",
     "restore_own_rows",
@@ -72,5 +95,6 @@ __all__ = [
     "subset_flops",
     "suppression",
     "token_rows",
+    "top_activations",
     "unmerge_tokens",
 ]

@@ -30,7 +30,11 @@ class Task(L.LightningModule):
         scores: the metrics by name; all are logged, and all are results.
         found: the results, after the test.
         costs: the cost on the first batch.
+        arrays: NumPy arrays by name, for `arrays.npz`; set with the results.
+        figures: whether `fna_lab.report` draws figures of such a run when it is finished.
     """
+
+    figures = False
 
     def __init__(
         self, *, backbone: Backbone, patched: Patch, exact: Patch, cost: bool = True
@@ -44,6 +48,7 @@ class Task(L.LightningModule):
         self.rows: list[dict[str, Any]] = []
         self.costs: dict[str, float | None] = {}
         self.found: dict[str, float] = {}
+        self.arrays: dict[str, Any] = {}
         self.scores = nn.ModuleDict({"n": SumMetric()})
 
     @property
