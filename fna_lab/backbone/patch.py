@@ -117,7 +117,7 @@ class Patch:
         mask_layers: blocks whose attention is masked.
         detect: block at which tokens are detected, None without a mask.
         stopwatch: notes the time of attention and selection, None where nobody measures.
-        observer: is shown queries, keys, values and context before each attention, None = nobody looks.
+        observer: is shown q, k, v and context before each attention, None = nobody looks.
         enabled: False while the model runs as it came.
         pictures: pictures seen by the detector so far.
         tokens: T of the last forward pass, bool `[b n]`, None before the first.
