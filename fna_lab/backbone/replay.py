@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fna_lab.backbone.seam import hidden
+
 
 class Replay:
     """Blocks `first` to `last` of a host, without the rest of the model.
@@ -21,7 +23,8 @@ class Replay:
         last: the last one.
 
     Attributes:
-        outputs: what every block of the host gave in that pass, `[b n c]` each.
+        inputs: what block `first` got in that pass, `[b n c]`.
+        outputs: what every block of the host gave, `[b n c]` each.
 
     Raises:
         ValueError: the blocks are none of the host's.
@@ -47,27 +50,25 @@ class Replay:
 
                 hooks.append(block.register_forward_pre_hook(note, with_kwargs=True))
             hooks.append(
-                block.register_forward_hook(lambda _, __, out: self.outputs.append(_hidden(out)))
+                block.register_forward_hook(lambda _, __, out: self.outputs.append(_first(out)))
             )
         try:
             run()
         finally:
             for hook in hooks:
                 hook.remove()
+        self.inputs = hidden(*self._calls[first], f"{first}")
 
     def __call__(self) -> list[Tensor]:
         """What the blocks give now, `[b n c]` each."""
         found: list[Tensor] = []
         for layer in self._span:
             args, kwargs = self._calls[layer]
-            if found and args:
-                args = (found[-1], *args[1:])
-            elif found:
-                name = "hidden_states" if "hidden_states" in kwargs else "x"
-                kwargs = kwargs | {name: found[-1]}
-            found.append(_hidden(self._blocks[layer](*args, **kwargs)))
+            if found:
+                args, kwargs = with_first(args, kwargs, found[-1])
+            found.append(_first(self._blocks[layer](*args, **kwargs)))
         return found
 
 
-def _hidden(output: Any) -> Tensor:
+def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab import ops
@@ -17,6 +18,17 @@ BRANCHES = {
     "type1": ("sink", "type1"),
     "type2": ("sink", "type2"),
 }
+
+
+class Onlooker(AttentionVariant):
+    """Exact attention that asks which tokens are massive and which are artifacts."""
+
+    token_classes = ("massive", "artifact")
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """Attend: `[b h n d]` x3 -> `[b h n d]`."""
+        bias = context.attn_mask
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=context.scale)
 
 
 class NoAttention(AttentionVariant):

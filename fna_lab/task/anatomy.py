@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from fna_lab.metric.anatomy import ArrayMean, norm_facts, token_facts
 from fna_lab.metric.intervention import (
     BRANCHES,
     NoAttention,
+    Onlooker,
     WithoutTokens,
     next_sink,
     round_facts,
@@ -133,30 +135,23 @@ class Anatomy(Task):
         Massive: the CLS proxy at 0.3, or three median norms where there is no CLS. Artifact:
         sinks that are not massive, one taken out a round.
         """
-        backbone = self.backbone
-        found: list[Tensor] = []
-
-        def look(q: Tensor, k: Tensor, v: Tensor, context: Context) -> None:  # noqa: ARG001
-            if context.layer != backbone.anatomy.detect:
-                return
-            prefix = context.num_prefix_tokens
-            massive = ops.norm_ratio(context.x, prefix=prefix, ratio=3.0)
-            if context.has_cls:
-                known = torch.arange(massive.shape[1], device=massive.device) < prefix
-                row = ops.cls_row(q, k, scale=context.scale)
-                massive = ops.cls_proxy(row, ratio=0.3, found=known.expand_as(massive))
-            found.append(
-                ops.class_members(
-                    massive,
-                    torch.zeros_like(massive),
-                    num_prefix_tokens=prefix,
-                    has_cls=context.has_cls,
-                )
-            )
-
-        with self.patched.uncounted(), self.patched.observed(look):
-            self.features(images)
-        return found[0]
+        backbone, anatomy = self.backbone, self.backbone.anatomy
+        prefix, has_cls = backbone.num_prefix_tokens, backbone.has_cls
+        if has_cls:
+            with patch(
+                backbone.host,
+                Onlooker(),
+                layers=[anatomy.detect],
+                blocks=backbone.blocks_path,
+                restart=min(anatomy.restart, anatomy.detect),
+            ) as onlooker:
+                self.features(images)
+            massive, artifact = onlooker.classes["massive"], onlooker.classes["artifact"]
+        else:
+            replay = backbone.replay(images, anatomy.detect, anatomy.detect)
+            massive = ops.norm_ratio(replay.inputs, prefix=prefix, ratio=3.0)
+            artifact = torch.zeros_like(massive)
+        return ops.class_members(massive, artifact, num_prefix_tokens=prefix, has_cls=has_cls)
 
     def _block(
         self,
@@ -251,7 +246,7 @@ class Anatomy(Task):
         backbone, anatomy = self.backbone, self.backbone.anatomy
         span = range(anatomy.restart, anatomy.detect + 1)
         replay = backbone.replay(images, span[0], span[-1])
-        prefix = backbone.num_prefix_tokens
+        prefix, has_cls = backbone.num_prefix_tokens, backbone.has_cls
         removed = torch.zeros(
             (len(images), backbone.num_tokens), dtype=torch.bool, device=images.device
         )
@@ -268,6 +263,8 @@ class Anatomy(Task):
                     variant: WithoutTokens = variant, shown: dict[str, Tensor] = shown,
                 ) -> None:  # fmt: skip
                     if context.layer == anatomy.detect:
+                        # A replay passes no embedding that would tell the patch of registers.
+                        context = replace(context, num_prefix_tokens=prefix, has_cls=has_cls)
                         drawn, score = variant.look(q, k, context)
                         gone = variant.removal.tokens
                         facts = round_facts(drawn, score, context.x, gone, prefix)
