@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fna_lab.backbone.seam import hidden
+from fna_lab.backbone.seam import hidden, with_hidden
 
 
 class Replay:
@@ -65,7 +65,7 @@ class Replay:
         for layer in self._span:
             args, kwargs = self._calls[layer]
             if found:
-                args, kwargs = with_first(args, kwargs, found[-1])
+                args, kwargs = with_hidden(args, kwargs, found[-1])
             found.append(_first(self._blocks[layer](*args, **kwargs)))
         return found
 
