@@ -143,17 +143,16 @@ def mass_facts(sums: Sums, members: Tensor) -> dict[str, Tensor]:
         members: bool `[b n k]`.
 
     Returns:
-        `mass/<class>` `[b]`: share of all attention that goes to the class. `flow` `[b k k]`:
-        the same by class of the query, NaN where a picture has none of that class.
+        `mass/<class>` `[b]`: share of all attention that goes to the class, NaN where a picture
+        has none of it. `mass` `[b k]`: the same with 0 there. `flow` `[b k k]`: by class of the
+        query, NaN where there is none of that.
     """
     total = sums.mass.mean(1)
     count = members.sum(1).to(total.dtype)
-    facts = by_class("mass", total.sum(1) / members.shape[1])
-    present = count > 0
-    flow = torch.where(present[..., None], total / count[..., None], torch.nan)
-    facts = {name: value.where(present[:, i], torch.nan) for i, (name, value) in
-             enumerate(facts.items())}  # fmt: skip
-    return facts | {"flow": flow}
+    share = total.sum(1) / members.shape[1]
+    flow = torch.where(count[..., None] > 0, total / count[..., None], torch.nan)
+    facts = by_class("mass", share.where(count > 0, torch.nan))
+    return facts | {"mass": share, "flow": flow}
 
 
 def incoming_facts(sums: Sums, members: Tensor) -> dict[str, Tensor]:
@@ -175,7 +174,8 @@ def sink_facts(
 
     Returns:
         `sink_rate/<cls, register, patch>` `[b]`: share of the heads that have such a sink;
-        `sink_heads` `[b h 3]`: which ones, NaN where there is no such token.
+        `sink_heads` `[b h 3]`: which ones; `sink_shares` `[b h 3]`: the largest share. NaN where
+        there is no such token.
 
     Source: Gu et al. 2025, When Attention Sink Emerges (sink rate), without the causal factor.
     """
@@ -183,15 +183,16 @@ def sink_facts(
     first = int(has_cls)
     parts = {"cls": drawn[..., :first], "register": drawn[..., first:num_prefix_tokens],
              "patch": drawn[..., num_prefix_tokens:]}  # fmt: skip
-    heads, facts = [], {}
+    shares = []
+    facts: dict[str, Tensor] = {}
     for name, part in parts.items():
+        none = torch.full_like(drawn[..., 0], torch.nan)
+        shares.append(part.amax(-1) if part.shape[-1] else none)
         if part.shape[-1]:
-            sink = (part.amax(-1) > epsilon).to(drawn.dtype)
-            facts[f"sink_rate/{name}"] = sink.mean(1)
-        else:
-            sink = torch.full_like(drawn[..., 0], torch.nan)
-        heads.append(sink)
-    return facts | {"sink_heads": torch.stack(heads, dim=-1)}
+            facts[f"sink_rate/{name}"] = (shares[-1] > epsilon).to(drawn.dtype).mean(1)
+    share = torch.stack(shares, dim=-1)
+    heads = (share > epsilon).to(share.dtype).where(~share.isnan(), torch.nan)
+    return facts | {"sink_heads": heads, "sink_shares": share}
 
 
 def by_class(group: str, values: Tensor) -> dict[str, Tensor]:

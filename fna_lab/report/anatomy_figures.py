@@ -64,30 +64,20 @@ def mass(record: Record, arrays: Arrays) -> Any:
     metrics, detect = record["metrics"], int(arrays["detect"])
     figure, panels = canvas.sheet(record, "Attention mass by token class", 1, 2)
     left, right = panels[0]
-    blocks, bottom = None, 0.0
-    for name in canvas.there(metrics, "mass"):
-        found, values = canvas.series(metrics, f"mass/{name}")
-        blocks = np.arange(found[-1] + 1) if blocks is None else blocks
-        # A class that a picture lacks draws nothing there.
-        share = np.nanmean(_share(arrays, name), axis=1) if "map_incoming" in arrays else values
-        left.bar(blocks, share, bottom=bottom, color=canvas.CLASS_COLOURS[name], width=0.85)
-        bottom = bottom + np.asarray(share)
+    share = arrays["mass"]  # [layers k]
+    for i, name in enumerate(canvas.CLASSES):
+        left.bar(range(len(share)), share[:, i], bottom=share[:, :i].sum(1), width=0.85,
+                 color=canvas.CLASS_COLOURS[name])  # fmt: skip
     canvas.over_blocks(left, "share of all attention")
     left.set_ylim(0, 1)
     left.grid(visible=False)
-    left.set_title(f"drawn, by block (first {arrays['map_pixels'].shape[0]} pictures)", fontsize=9)
+    left.set_title("drawn by all tokens of the class", fontsize=9)
     canvas.class_matrix(figure, right, arrays["flow"][detect], "share of the query's attention")
-    right.set_title(f"block {detect}, all pictures", fontsize=9)
+    right.set_title(f"from class to class, block {detect}", fontsize=9)
     right.set_xlabel("to keys of class")
     right.set_ylabel("from queries of class")
     canvas.class_legend(figure, canvas.there(metrics, "mass"))
     return figure
-
-
-def _share(arrays: Arrays, name: str) -> np.ndarray:
-    """Share of attention that a class draws in the first pictures `[layers pictures]`."""
-    member = arrays["map_classes"] == canvas.CLASSES.index(name)
-    return (arrays["map_incoming"] * member).sum(-1)
 
 
 def incoming(record: Record, arrays: Arrays) -> Any:
@@ -121,25 +111,26 @@ def incoming(record: Record, arrays: Arrays) -> Any:
 
 
 def sink_rate(record: Record, arrays: Arrays) -> Any:
-    """How often each head has a sink, by what the sink is."""
-    found = arrays["sink_heads"]  # [layers heads 3]
-    kinds = [i for i in range(3) if np.isfinite(found[..., i]).any()]
+    """How often each head has a sink, by what the sink is, and how strong it is."""
+    rates, shares = arrays["sink_heads"], arrays["sink_shares"]  # [layers heads 3]
+    kinds = [i for i in range(3) if np.isfinite(rates[..., i]).any()]
+    epsilon = record["config"]["task"]["epsilon"]
     figure, panels = canvas.sheet(
-        record,
-        f"Sink rate by head: pictures with a token above {record['config']['task']['epsilon']:g} "
-        "of the head's attention",
-        1,
-        len(kinds),
-        sharey=True,
+        record, "Attention sinks by head", 2, len(kinds), size=(4.2, 3.0), sharey=True
     )
-    for axes, kind in zip(panels[0], kinds, strict=True):
-        last = axes is panels[0][-1]
-        canvas.heat(figure, axes, found[..., kind], "share of pictures", limits=(0, 1), bar=last)
-        axes.set_title(("CLS", "registers", "patch tokens")[kind], fontsize=9)
-        axes.set_xlabel("head")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.yaxis.get_major_locator().set_params(integer=True)
-    panels[0][0].set_ylabel("block")
+    top = float(np.nanmax(shares))
+    for column, kind in enumerate(kinds):
+        last = column == len(kinds) - 1
+        for axes, values, said, limit in (
+            (panels[0, column], rates, f"pictures with a share > {epsilon:g}", 1.0),
+            (panels[1, column], shares, "mean largest share", top),
+        ):
+            canvas.heat(figure, axes, values[..., kind], said, limits=(0, limit), bar=last)
+            canvas.whole(axes.xaxis, axes.yaxis)
+        panels[0, column].set_title(("CLS", "registers", "patch tokens")[kind], fontsize=9)
+        panels[1, column].set_xlabel("head")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("block")
     return figure
 
 
@@ -153,16 +144,15 @@ def suppression(record: Record, arrays: Arrays) -> Any:
     top = float(np.quantile(np.abs(values), 0.995)) or 1.0
     canvas.heat(figure, matrix, values, "push, heads summed", diverging=True, limits=(-top, top))
     matrix.set_title(f"first picture, {len(tokens)} tokens ordered by class", fontsize=9)
-    matrix.set_xlabel("pushing token (key)")
-    matrix.set_ylabel("pushed token (query)")
+    matrix.set_xlabel("pushing token (key)", labelpad=10)
+    matrix.set_ylabel("pushed token (query)", labelpad=10)
     classes = arrays["map_classes"][0][tokens]
     for start, stop, name in _runs(classes):
         colour = canvas.CLASS_COLOURS[name]
-        for ends, place in (((start, stop), (-0.02, -0.02)),):
-            matrix.plot(ends, place, color=colour, linewidth=4, solid_capstyle="butt",
-                        transform=matrix.get_xaxis_transform(), clip_on=False)  # fmt: skip
-            matrix.plot(place, ends, color=colour, linewidth=4, solid_capstyle="butt",
-                        transform=matrix.get_yaxis_transform(), clip_on=False)  # fmt: skip
+        ends, place = (start, stop), (-0.02, -0.02)
+        style = {"color": colour, "linewidth": 4, "solid_capstyle": "butt", "clip_on": False}
+        matrix.plot(ends, place, transform=matrix.get_xaxis_transform(), **style)
+        matrix.plot(place, ends, transform=matrix.get_yaxis_transform(), **style)
     matrix.set_xticks([])
     matrix.set_yticks([])
     # The whole push that a patch token receives, by head: what heads there are for.
@@ -171,8 +161,7 @@ def suppression(record: Record, arrays: Arrays) -> Any:
     heads.set_title("with attention weights, by head", fontsize=9)
     heads.set_xlabel("head")
     heads.set_ylabel("block")
-    heads.xaxis.get_major_locator().set_params(integer=True)
-    heads.yaxis.get_major_locator().set_params(integer=True)
+    canvas.whole(heads.xaxis, heads.yaxis)
     for axes, name, said, title in (
         (plain, "suppression", "mean push of a pair", "without attention weights"),
         (weighted, "suppression_weighted", "push of the class", "with attention weights"),
@@ -236,7 +225,7 @@ def decay(record: Record, arrays: Arrays) -> Any:
             rounds, values = canvas.series(metrics, f"decay/{fact}_{branch}")
             axes.plot(rounds, values, color=COLOURS[(0, 1, 2)[i]], marker="os^"[i], markersize=5,
                       linestyle=("-", "--", ":")[i], label=label)  # fmt: skip
-        canvas.over_blocks(axes, said, x="round (tokens taken out)")
-        axes.set_ylim(bottom=0)
+        canvas.over_blocks(axes, said, x="round (one more token out in each)")
+        canvas.from_zero(axes)
     panels[0][0].legend(frameon=False)
     return figure

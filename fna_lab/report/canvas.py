@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-CLASSES = ("cls", "register", "massive", "artifact", "normal")
+CLASSES: tuple[str, ...] = ("cls", "register", "massive", "artifact", "normal")
 NAMES = {"cls": "CLS"}
 # One colour and one marker a class in every figure, so that print without colour tells them too.
 CLASS_COLOURS = dict(
@@ -52,7 +54,7 @@ def sheet(
 def save(figure: Figure, path: Path) -> Path:
     """Write a picture whole or not at all."""
     part = path.with_name(f"{path.stem}.part{path.suffix}")
-    figure.savefig(part, dpi=160)
+    figure.savefig(part, dpi=160, bbox_inches="tight")
     part.replace(path)
     return path
 
@@ -78,11 +80,34 @@ def over_blocks(axes: Axes, said: str, *, log: bool = False, x: str = "block") -
     axes.set_xlabel(x)
     axes.set_ylabel(said)
     if axes.get_xscale() == "linear":
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        whole(axes.xaxis)
+    else:
+        _plain_log(axes.xaxis)
     if log:
         axes.set_yscale("log")
+        _plain_log(axes.yaxis)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def from_zero(axes: Axes) -> None:
+    """Let the axis of values begin at 0, with room above."""
+    axes.set_ylim(0, 1.06 * axes.dataLim.y1)
+
+
+def whole(*axes: Axis) -> None:
+    """Whole numbers on these axes: blocks, heads, rounds."""
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _plain_log(axis: Axis) -> None:
+    """Numbers at 1, 2 and 5 of each decade, or at its ends where there are many decades."""
+    low, high = axis.get_data_interval()
+    few = high < 50 * max(low, 1e-300)
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def heat(
@@ -127,13 +152,14 @@ def class_matrix(
                   color="white" if dark else "black")  # fmt: skip
 
 
-def class_legend(figure: Figure, names: Iterable[str], **settings: Any) -> None:
+def class_legend(figure: Figure, names: Iterable[str], *, squares: bool = False) -> None:
     """One legend of token classes for the whole figure, below the panels."""
-    handles = [
-        Line2D([], [], color=CLASS_COLOURS[name], marker=CLASS_MARKERS[name], markersize=6,
-               label=NAMES.get(name, name), **settings)
-        for name in names
-    ]  # fmt: skip
+    handles = []
+    for name in names:
+        style = {"marker": "s" if squares else CLASS_MARKERS[name], "markersize": 6,
+                 "linestyle": "none" if squares else "-"}  # fmt: skip
+        label = NAMES.get(name, name)
+        handles.append(Line2D([], [], color=CLASS_COLOURS[name], label=label, **style))
     if handles:
         figure.legend(
             handles=handles, loc="outside lower center", ncols=len(handles), frameon=False

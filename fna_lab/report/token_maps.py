@@ -23,8 +23,12 @@ def tokens(record: Record, arrays: Arrays) -> Figure:
     """Where the classes lie, with norms and incoming attention at the detection block."""
     detect = int(arrays["detect"])
     pixels = arrays["map_pixels"][:ROWS]
+    if (arrays["map_classes"][:, 0] == 0).all():
+        rule = "massive: CLS attends to it with over 0.3 of its own weight"
+    else:
+        rule = "massive: over three median norms"
     figure, panels = canvas.sheet(
-        record, f"Tokens by class at block {detect}", len(pixels), 3, size=(2.7, 2.4)
+        record, f"Tokens by class at block {detect} ({rule})", len(pixels), 3, size=(2.7, 2.4)
     )
     found: set[str] = set()
     for i, (left, middle, right) in enumerate(panels):
@@ -35,7 +39,7 @@ def tokens(record: Record, arrays: Arrays) -> Figure:
         plain(figure, right, on_grid(drawn * len(drawn), record), "uniform shares")
     for axes, said in zip(panels[0], ("tokens", "norm", "incoming attention"), strict=True):
         axes.set_title(said, fontsize=9)
-    canvas.class_legend(figure, [c for c in canvas.CLASSES if c in found], linestyle="none")
+    canvas.class_legend(figure, [c for c in canvas.CLASSES if c in found], squares=True)
     return figure
 
 
@@ -70,7 +74,7 @@ def growth(record: Record, arrays: Arrays) -> Figure:
         f"{canvas.heading(record)}",
         fontsize=10,
     )
-    above, below = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+    above, below = np.ravel(figure.subfigures(2, 1, height_ratios=(1.15, 1)))
     left, right = above.subplots(1, 2)
     for i, (name, label) in enumerate(GROWTH.items()):
         style = {"color": COLOURS[(6, 1, 0)[i]], "marker": "os^"[i], "markersize": 5,
@@ -84,7 +88,7 @@ def growth(record: Record, arrays: Arrays) -> Figure:
     right.set_title("all patch tokens", fontsize=9)
     left.legend(frameon=False)
     for axes in (left, right):
-        axes.set_ylim(bottom=0)
+        canvas.from_zero(axes)
     # The first picture's last block, on one scale.
     maps = {name: on_grid(arrays[f"map_growth_{name}"][0, -1], record) for name in GROWTH}
     top = max(float(values.max()) for values in maps.values())
