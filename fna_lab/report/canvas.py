@@ -13,13 +13,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-CLASSES: tuple[str, ...] = ("cls", "register", "massive", "artifact", "normal")
-NAMES = {"cls": "CLS"}
 # One colour and one marker a class in every figure, so that print without colour tells them too.
-CLASS_COLOURS = dict(
-    zip(CLASSES, ("#0072B2", "#CC79A7", "#D55E00", "#E69F00", "#009E73"), strict=True)
-)
-CLASS_MARKERS = dict(zip(CLASSES, "oD^sv", strict=True))
+CLASS_COLOURS = {
+    "cls": "#0072B2",
+    "register": "#CC79A7",
+    "massive": "#D55E00",
+    "artifact": "#E69F00",
+    "normal": "#009E73",
+}
+CLASS_MARKERS = {"cls": "o", "register": "D", "massive": "^", "artifact": "s", "normal": "v"}
+CLASSES = list(CLASS_COLOURS)
+NAMES = {"cls": "CLS"}
 DIVERGING = "PuOr_r"
 SEQUENTIAL = "viridis"
 

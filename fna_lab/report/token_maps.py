@@ -74,7 +74,7 @@ def growth(record: Record, arrays: Arrays) -> Figure:
         f"{canvas.heading(record)}",
         fontsize=10,
     )
-    above, below = np.ravel(figure.subfigures(2, 1, height_ratios=(1.15, 1)))
+    above, below = figure.subfigures(2, 1, height_ratios=(1.15, 1))  # type: ignore[misc]
     left, right = above.subplots(1, 2)
     for i, (name, label) in enumerate(GROWTH.items()):
         style = {"color": COLOURS[(6, 1, 0)[i]], "marker": "os^"[i], "markersize": 5,

@@ -113,7 +113,8 @@ class Anatomy(Task):
         images = batch["image"]
         few = min(len(images), max(0, self.pictures - len(self.rows)))
         objects = self._objects(batch)
-        members = self.members(images)
+        with self.patched.disabled():
+            members = self.members(images)
         noted: dict[str, Tensor] = {}
 
         def observe(q: Tensor, k: Tensor, v: Tensor, context: Context) -> None:
@@ -123,14 +124,15 @@ class Anatomy(Task):
         with self.patched.observed(observe):
             found = self.features(images)
         if few:
-            with self.patched.uncounted():
+            # What tokens do without attention or sinks is asked of the model as it came.
+            with self.patched.disabled():
                 noted |= self._closely(images[:few], members[:few], found.patches[:few])
         if objects is not None:
             noted["background"] = (objects == 0).double().mean(1)
         self._note(noted, batch)
 
     def members(self, images: Tensor) -> Tensor:
-        """The class of every token, bool `[b n k]`, as it is at the detection block.
+        """The class of every token, bool `[b n k]`, at the detection block of the model as it came.
 
         Massive: the CLS proxy at 0.3, or three median norms where there is no CLS. Artifact:
         sinks that are not massive, one taken out a round.
