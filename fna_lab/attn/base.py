@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -54,6 +54,7 @@ class Context:
         shared: what earlier layers of the same forward pass left for later ones.
         stopwatch: notes the time of parts, None where nobody measures.
         classes: token classes that the variant asked for by `token_classes`, bool `[b n]` each.
+        reweigh: changes the attention weights `[b h n n]`, where a mask strategy does so.
     """
 
     layer: int
@@ -68,6 +69,7 @@ class Context:
     shared: dict[str, Tensor] = field(default_factory=dict)
     stopwatch: Stopwatch | None = None
     classes: dict[str, Tensor] = field(default_factory=dict)
+    reweigh: Callable[[Tensor], Tensor] | None = None
 
     @property
     def removed(self) -> Tensor | None:
@@ -80,12 +82,14 @@ class AttentionVariant(ABC):
 
     Attributes:
         patterns: the mask patterns that the variant honours, in both stages.
+        reweighs: whether it honours strategies that change weights.
         min_tokens: the fewest tokens that it can work on.
         token_classes: classes (`massive`, `artifact`) that must be detected for it.
         num_extra_tokens: tokens that its `hooks` append behind the host's own.
     """
 
     patterns: Iterable[str] = ()
+    reweighs: bool = False
     min_tokens: int = 1
     token_classes: tuple[str, ...] = ()
     num_extra_tokens: int = 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from fna_lab import ops
 from fna_lab.attn.base import AttentionVariant, Removal
@@ -89,6 +90,10 @@ class Found:
     tokens: Tensor
     ranks: Tensor
     rows: tuple[Tensor, Tensor] | None = None
+
+    def of(self, pictures: Tensor) -> Found:
+        """The same of some pictures of the batch, long `[p]`."""
+        return Found(self.tokens[pictures], self.ranks[pictures])
 
 
 @dataclass
@@ -174,11 +179,15 @@ class Finder:
         new = _strongest(search, shown, search.detector(shown))
         found = Found(new, new.long())
         for number in range(2, search.rounds + 1):
-            if not bool(new.any()):
+            still = new.any(1).nonzero()[:, 0]  # pictures that may find more
+            if len(still) == 0:
                 break
-            again = self._rerun(search, state, dict.fromkeys(search.reruns, search.removal(found)))
-            shown = self._evidence(search, state, again, found)
-            new = _strongest(search, shown, search.detector(shown) & ~found.tokens)
+            part = found.of(still)
+            removals = dict.fromkeys(search.reruns, search.removal(part))
+            again = self._rerun(search, state, removals, only=still)
+            shown = self._evidence(search, state, again, part, only=still)
+            more = _strongest(search, shown, search.detector(shown) & ~part.tokens)
+            new = torch.zeros_like(new).index_copy(0, still, more)
             found = Found(found.tokens | new, found.ranks + number * new)
         state.found[search.name] = found
         if search.name == "mask":
@@ -198,10 +207,11 @@ class Finder:
         x: Tensor,
         found: Found | None,
         call: Call | None = None,
+        only: Tensor | None = None,
     ) -> Evidence:
         if call is None and not search.reads_hidden:
             try:
-                self._run(search.detect, state, Again(x, probe=True))
+                self._run(search.detect, state, Again(x, probe=True), only)
             except Probed as seen:
                 call = seen.call
         q, k, attn_mask, scale = call or (None, None, None, 1.0)
@@ -221,24 +231,37 @@ class Finder:
         )
 
     def _rerun(
-        self, search: Search, state: Pass, removals: dict[int, Removal], *, stay: bool = False
+        self,
+        search: Search,
+        state: Pass,
+        removals: dict[int, Removal],
+        *,
+        only: Tensor | None = None,
+        stay: bool = False,
     ) -> Tensor:
         """Run the blocks before detection again; returns the input of the detection block.
 
-        Later blocks see what these leave for them if they are to `stay`.
+        `only` names pictures of the batch. Later blocks see what these leave for them if they are
+        to `stay`.
         """
         here = state.nth, state.shared
+        state.nth, shared = state.restarts[search.restart]
         x = hidden(*state.calls[search.restart], "")
-        state.nth, state.shared = state.restarts[search.restart]
-        state.shared = dict(state.shared)
+        state.shared = {key: _of(value, only) for key, value in shared.items()}
+        x = _of(x, only)
         for layer in range(search.restart, search.detect):
-            x = self._run(layer, state, Again(x, removals.get(layer)))
+            x = self._run(layer, state, Again(x, removals.get(layer)), only)
         if not stay:
             state.nth, state.shared = here
         return x
 
-    def _run(self, layer: int, state: Pass, again: Again) -> Tensor:
-        args, kwargs = with_hidden(*state.calls[layer], again.x)
+    def _run(self, layer: int, state: Pass, again: Again, only: Tensor | None) -> Tensor:
+        args, kwargs = state.calls[layer]
+        batch = hidden(args, kwargs, "").shape[0]
+        if only is not None:
+            # Of the other arguments, masks alone know the pictures: [b h|1 n|1 n].
+            args, kwargs = tree_map(lambda part: _of_mask(part, only, batch), (args, kwargs))
+        args, kwargs = with_hidden(args, kwargs, again.x)
         with self.seam(layer, again):  # forward, not the call: hooks belong to the main pass
             out = self.blocks[layer].forward(*args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
@@ -325,6 +348,15 @@ def _strongest(search: Search, shown: Evidence, new: Tensor) -> Tensor:
     scores = search.detector.scores(shown).masked_fill(~new, -torch.inf)
     order = scores.sort(dim=1, descending=True, stable=True).indices[:, : search.per_round]
     return new & torch.zeros_like(new).scatter(1, order, True)
+
+
+def _of(x: Tensor, pictures: Tensor | None) -> Tensor:
+    return x if pictures is None else x[pictures]
+
+
+def _of_mask(part: Any, pictures: Tensor, batch: int) -> Any:
+    is_mask = isinstance(part, Tensor) and part.ndim == 4 and part.shape[0] == batch
+    return part[pictures] if is_mask else part
 
 
 def _as_bias(attn_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

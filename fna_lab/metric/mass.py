@@ -30,21 +30,21 @@ def attention_pattern(
     Returns:
         `[b h m n]` in at least float32; rows sum to 1, or less after a `sink` stage.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    shape = (*q.shape[:3], k.shape[2])
-    q, k = q[pictures, :, rows].to(wide), k[pictures].to(wide)
-    scores = context.scale * (q @ k.mT)
     bias, removal = context.attn_mask, context.removal
     if bias is not None:
-        bias = bias.expand(shape)[pictures, :, rows]
-        keep = bias if bias.dtype == torch.bool else None
-        scores = scores + bias if keep is None else scores.masked_fill(~keep, -torch.inf)
+        bias = bias.expand(*q.shape[:3], k.shape[2])[pictures, :, rows]
+    q, k, scale = q[pictures, :, rows], k[pictures], context.scale
     if removal is None:
-        return scores.softmax(-1)
+        return ops.attention_pattern(q, k, scale=scale, bias=bias)
     gone = ops.removed_pairs(removal.tokens[pictures], removal.pattern)[:, None, rows]
-    if removal.stage == "mask":
-        return scores.masked_fill(gone, -torch.inf).softmax(-1).nan_to_num(0.0)
-    return scores.softmax(-1).masked_fill(gone, 0.0)
+    if removal.stage == "sink":
+        return ops.attention_pattern(q, k, scale=scale, bias=bias).masked_fill(gone, 0.0)
+    if bias is None or bias.dtype == torch.bool:
+        bias = ~gone if bias is None else bias & ~gone
+    else:
+        bias = bias.masked_fill(gone, -torch.inf)
+    # A row of which nothing is left attends to nothing.
+    return ops.attention_pattern(q, k, scale=scale, bias=bias).nan_to_num(0.0)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from fna_lab.ops.anatomy import (
     qk_alignment,
     top_activations,
 )
-from fna_lab.ops.attention import attention
+from fna_lab.ops.attention import attention, attention_pattern
 from fna_lab.ops.choices import cluster_medoids, grid_cells, leverage_scores, segment_centres
 from fna_lab.ops.cost import (
     attention_flops,
@@ -47,13 +47,23 @@ from fna_lab.ops.random_features import orthogonal_features, performer_attention
 from fna_lab.ops.retrieval import knn_probabilities, recall_at_k
 from fna_lab.ops.segments import segment_weights
 from fna_lab.ops.solvers import newton_schulz, ridge_solve
+from fna_lab.ops.strategies import (
+    CORRECTIONS,
+    REPLACEMENTS,
+    projection_correction,
+    redistribute,
+    replace_tokens,
+)
 
 __all__ = [
     "CLASSES",
+    "CORRECTIONS",
     "PATTERNS",
+    "REPLACEMENTS",
     "STAGES",
     "attention",
     "attention_flops",
+    "attention_pattern",
     "bipartite_matching",
     "break_even_tokens",
     "check_pattern",
@@ -86,9 +96,12 @@ __all__ = [
     "per_head",
     "performer_attention",
     "principal_components",
+    "projection_correction",
     "qk_alignment",
     "recall_at_k",
+    "redistribute",
     "removed_pairs",
+    "replace_tokens",
     "restore_own_rows",
     "ridge_solve",
     "segment_centres",
