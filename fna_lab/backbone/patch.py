@@ -30,7 +30,7 @@ from fna_lab.backbone.seam import (
 from fna_lab.backbone.search import Again, Finder, Found, Pass, Search, plan_searches
 from fna_lab.mask.base import Mask
 
-Observer = Callable[[Tensor, Tensor, Context], None]
+Observer = Callable[[Tensor, Tensor, Tensor, Context], None]
 
 # CLIP ViT-L/14, 24 blocks: detection, masks and FNA from block 13 on; others in proportion.
 START = 13 / 24
@@ -112,7 +112,7 @@ class Patch:
         mask_layers: blocks whose attention is masked.
         searches: how tokens are looked for: those of the mask, and the variant's token classes.
         stopwatch: notes the time of attention and selection, None where nobody measures.
-        observer: is shown queries, keys and context before each attention, None = nobody looks.
+        observer: is shown q, k, v and context before each attention, None = nobody looks.
         enabled: False while the model runs as it came.
     """
 
@@ -351,7 +351,7 @@ class Patch:
         if again is None and layer in self.mask_layers:
             self._adjust(context, q, k, v)
         if self.observer is not None and again is None:
-            self.observer(q, k, context)
+            self.observer(q, k, v, context)
         if context.stopwatch is None:
             return variant(q, k, v, context)
         begin = context.stopwatch.now()

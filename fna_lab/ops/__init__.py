@@ -1,5 +1,18 @@
 """Tensor functions: attention, Nystroem attention, farthest points, patterns, detectors, cost."""
 
+from fna_lab.ops.anatomy import (
+    CLASSES,
+    class_max,
+    class_mean,
+    class_members,
+    class_sums,
+    class_suppression,
+    ov_alignment,
+    per_head,
+    principal_components,
+    qk_alignment,
+    top_activations,
+)
 from fna_lab.ops.attention import attention, attention_pattern
 from fna_lab.ops.bootstrap import bootstrap_mean
 from fna_lab.ops.choices import cluster_medoids, grid_cells, leverage_scores, segment_centres
@@ -44,6 +57,7 @@ from fna_lab.ops.strategies import (
 )
 
 __all__ = [
+    "CLASSES",
     "CORRECTIONS",
     "PATTERNS",
     "REPLACEMENTS",
@@ -55,6 +69,11 @@ __all__ = [
     "bootstrap_mean",
     "break_even_tokens",
     "check_pattern",
+    "class_max",
+    "class_mean",
+    "class_members",
+    "class_sums",
+    "class_suppression",
     "cls_proxy",
     "cls_row",
     "cluster_medoids",
@@ -74,9 +93,13 @@ __all__ = [
     "nystrom_chain",
     "nystrom_flops",
     "orthogonal_features",
+    "ov_alignment",
     "patch_norms",
+    "per_head",
     "performer_attention",
+    "principal_components",
     "projection_correction",
+    "qk_alignment",
     "recall_at_k",
     "redistribute",
     "removed_pairs",
@@ -89,5 +112,6 @@ __all__ = [
     "subset_flops",
     "suppression",
     "token_rows",
+    "top_activations",
     "unmerge_tokens",
 ]

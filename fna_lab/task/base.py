@@ -33,7 +33,11 @@ class Task(L.LightningModule):
         found: the results, after the test.
         costs: the cost on the first batch.
         extra: further plain parts of the record, by name.
+        arrays: NumPy arrays by name, for `arrays.npz`; set with the results.
+        figures: whether `fna_lab.report` draws figures of such a run when it is finished.
     """
+
+    figures = False
 
     def __init__(
         self, *, backbone: Backbone, patched: Patch, exact: Patch, cost: bool = True
@@ -48,6 +52,7 @@ class Task(L.LightningModule):
         self.costs: dict[str, float | None] = {}
         self.found: dict[str, float] = {}
         self.extra: dict[str, Any] = {}
+        self.arrays: dict[str, Any] = {}
         self.scores = nn.ModuleDict({"n": SumMetric()})
 
     @property
