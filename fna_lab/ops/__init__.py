@@ -30,6 +30,11 @@ from fna_lab.ops.patterns import (
 )
 from fna_lab.ops.points import farthest_points
 from fna_lab.ops.random_features import orthogonal_features, performer_attention
+from fna_lab.ops.register_neurons import (
+    register_neuron_scores,
+    strongest_activation,
+    top_register_neurons,
+)
 from fna_lab.ops.retrieval import knn_probabilities, recall_at_k
 from fna_lab.ops.segments import segment_weights
 from fna_lab.ops.solvers import newton_schulz, ridge_solve
@@ -63,14 +68,17 @@ __all__ = [
     "patch_norms",
     "performer_attention",
     "recall_at_k",
+    "register_neuron_scores",
     "removed_pairs",
     "restore_own_rows",
     "ridge_solve",
     "segment_centres",
     "segment_weights",
+    "strongest_activation",
     "subset_attention",
     "subset_flops",
     "suppression",
     "token_rows",
+    "top_register_neurons",
     "unmerge_tokens",
 ]
