@@ -13,10 +13,17 @@ from fna_lab.ops.detectors import (
     cls_proxy,
     cls_row,
     incoming,
+    norm_fixed,
     norm_gap,
     norm_ratio,
     patch_norms,
     suppression,
+)
+from fna_lab.ops.directions import (
+    alignment,
+    defect_direction,
+    linear_map,
+    principal_projection,
 )
 from fna_lab.ops.merging import bipartite_matching, merge_tokens, unmerge_tokens
 from fna_lab.ops.nystrom import gather_tokens, nystrom_attention, nystrom_chain, subset_attention
@@ -37,28 +44,48 @@ from fna_lab.ops.register_neurons import (
 )
 from fna_lab.ops.retrieval import knn_probabilities, recall_at_k
 from fna_lab.ops.segments import segment_weights
+from fna_lab.ops.sinks import (
+    INCOMING_RULES,
+    attention_rows,
+    incoming_by_head,
+    incoming_share,
+    incoming_sinks,
+    sink_rate,
+    standard_scores,
+)
 from fna_lab.ops.solvers import newton_schulz, ridge_solve
+from fna_lab.ops.token_classes import TOKEN_CLASSES, token_classes
 
 __all__ = [
+    "INCOMING_RULES",
     "PATTERNS",
     "STAGES",
+    "TOKEN_CLASSES",
+    "alignment",
     "attention",
     "attention_flops",
+    "attention_rows",
     "bipartite_matching",
     "break_even_tokens",
     "cls_proxy",
     "cls_row",
     "cluster_medoids",
+    "defect_direction",
     "farthest_points",
     "farthest_points_flops",
     "gather_tokens",
     "grid_cells",
     "incoming",
+    "incoming_by_head",
+    "incoming_share",
+    "incoming_sinks",
     "knn_probabilities",
     "leverage_scores",
+    "linear_map",
     "masked_attention",
     "merge_tokens",
     "newton_schulz",
+    "norm_fixed",
     "norm_gap",
     "norm_ratio",
     "nystrom_attention",
@@ -67,6 +94,7 @@ __all__ = [
     "orthogonal_features",
     "patch_norms",
     "performer_attention",
+    "principal_projection",
     "recall_at_k",
     "register_neuron_scores",
     "removed_pairs",
@@ -74,10 +102,13 @@ __all__ = [
     "ridge_solve",
     "segment_centres",
     "segment_weights",
+    "sink_rate",
+    "standard_scores",
     "strongest_activation",
     "subset_attention",
     "subset_flops",
     "suppression",
+    "token_classes",
     "token_rows",
     "top_register_neurons",
     "unmerge_tokens",
