@@ -6,10 +6,13 @@ import pytest
 import torch
 from hosts import HOSTS, build
 
+import fna_lab
 from fna_lab import ops
 from fna_lab.backbone.blocks import find_blocks
 from fna_lab.backbone.neurons import find_register_neurons
 from fna_lab.backbone.parts import mlp_output
+from fna_lab.mask.detector.register_neurons import RegisterNeuronsDetector
+from fna_lab.mask.type1 import Type1Mask
 
 
 def case(batch=4, tokens=11, width=6):
@@ -96,3 +99,40 @@ def test_pictures_without_outliers_are_refused():
         find_register_neurons(model, x, outliers_at=4)
     with pytest.raises(ValueError, match="highest=9: the host has 4 blocks"):
         find_register_neurons(model, x, highest=9)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("iterative", [False, True])
+def test_the_detector_reads_the_neurons_of_the_host(name, iterative):
+    host, model, x = build(name)
+    _, blocks = find_blocks(model)
+    neurons = [(1, 7), (0, 3), (1, 2)]
+    said = {}
+    for layer in (0, 1):
+        mlp_output(blocks[layer]).register_forward_pre_hook(
+            lambda _, args, layer=layer: said.setdefault(layer, args[0])
+        )
+    host.run(model, x)
+    strength = sum(said[layer][..., neuron].abs() for layer, neuron in neurons)
+    strength = strength[:, host.prefix :]
+    wanted = strength > 1.5 * strength.mean(1, keepdim=True)
+    schedule = {"schedule": "iterative", "max_rounds": 1} if iterative else {}
+    mask = Type1Mask(detector=RegisterNeuronsDetector(neurons=neurons, ratio=1.5), **schedule)
+    with fna_lab.patch(model, "exact", mask, detect=2, mask_layers="2-3") as patched:
+        host.run(model, x)
+        assert patched.tokens is not None and wanted.any()
+        assert torch.equal(patched.tokens[:, host.prefix :], wanted)
+    assert all(len(mlp_output(blocks[i])._forward_pre_hooks) == 1 for i in (0, 1))
+
+
+def test_neurons_that_the_host_lacks_are_named():
+    _, model, _ = build("timm vit")
+    for neurons, words in (
+        ([[0, 999]], r"neurons=\[\[0, 999\]\]: block 0 has 192 neurons, 0 to 191"),
+        ([[2, 0]], "before block 2"),
+        (None, "neurons=null"),
+    ):
+        mask = Type1Mask(detector=RegisterNeuronsDetector(neurons=neurons))
+        with pytest.raises(ValueError, match=words):
+            fna_lab.patch(model, "exact", mask, detect=2)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -1,4 +1,4 @@
-"""Find the register neurons of a host by a few pictures."""
+"""MLP neurons of a host: read some of them, and find its register neurons by a few pictures."""
 
 from __future__ import annotations
 
@@ -6,12 +6,76 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fna_lab import ops
 from fna_lab.backbone.blocks import find_blocks, says_prefix
 from fna_lab.backbone.parts import mlp_output
 
 Run = Callable[[Tensor], object]
+
+
+class NeuronTap:
+    """Keeps what some MLP neurons said in the last forward pass.
+
+    Args:
+        blocks: the host's blocks.
+        neurons: `(layer, neuron)` pairs.
+
+    Attributes:
+        handles: of its hooks, for who removes them.
+
+    Raises:
+        ValueError: a block or neuron does not exist.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], neurons: Sequence[tuple[int, int]]) -> None:
+        self.neurons = list(neurons)
+        self.handles: list[RemovableHandle] = []
+        self._said: dict[int, Tensor] = {}
+        picks: dict[int, list[int]] = {}
+        for layer, neuron in self.neurons:
+            picks.setdefault(layer, []).append(neuron)
+        for layer, some in picks.items():
+            self._check(blocks, layer, some)
+        for layer, some in picks.items():
+
+            def keep(
+                mlp: nn.Module,  # noqa: ARG001
+                args: tuple[Tensor, ...],
+                layer: int = layer,
+                some: list[int] = some,
+            ) -> None:
+                self._said[layer] = args[0][..., some]
+
+            self.handles.append(mlp_output(blocks[layer]).register_forward_pre_hook(keep))
+
+    def read(self) -> Tensor | None:
+        """The activations in the order of the list, `[b n k]`; None without any neurons."""
+        if not self.neurons:
+            return None
+        columns = {layer: iter(said.unbind(-1)) for layer, said in self._said.items()}
+        return torch.stack([next(columns[layer]) for layer, _ in self.neurons], dim=-1)
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    @staticmethod
+    def _check(blocks: Sequence[nn.Module], layer: int, some: Sequence[int]) -> None:
+        if not 0 <= layer < len(blocks):
+            raise ValueError(
+                f"mask.detector.neurons: block {layer} does not exist; the host has "
+                f"{len(blocks)}, 0 to {len(blocks) - 1}."
+            )
+        width = mlp_output(blocks[layer]).in_features
+        if not 0 <= min(some) <= max(some) < width:
+            raise ValueError(
+                f"mask.detector.neurons={[[layer, one] for one in some]}: block {layer} has "
+                f"{width} neurons, 0 to {width - 1}."
+            )
 
 
 def find_register_neurons(
