@@ -1,5 +1,12 @@
 """Tensor functions: attention, Nystroem attention, farthest points, patterns, detectors, cost."""
 
+from fna_lab.ops.agreement import (
+    average_ranks,
+    matching_places,
+    rank_correlation,
+    set_agreement,
+    set_counts,
+)
 from fna_lab.ops.attention import attention
 from fna_lab.ops.choices import cluster_medoids, grid_cells, leverage_scores, segment_centres
 from fna_lab.ops.cost import (
@@ -66,6 +73,7 @@ __all__ = [
     "attention",
     "attention_flops",
     "attention_rows",
+    "average_ranks",
     "bipartite_matching",
     "break_even_tokens",
     "check_pattern",
@@ -85,6 +93,7 @@ __all__ = [
     "leverage_scores",
     "linear_map",
     "masked_attention",
+    "matching_places",
     "merge_tokens",
     "newton_schulz",
     "norm_fixed",
@@ -97,6 +106,7 @@ __all__ = [
     "patch_norms",
     "performer_attention",
     "principal_projection",
+    "rank_correlation",
     "recall_at_k",
     "register_neuron_scores",
     "removed_pairs",
@@ -104,6 +114,8 @@ __all__ = [
     "ridge_solve",
     "segment_centres",
     "segment_weights",
+    "set_agreement",
+    "set_counts",
     "sink_rate",
     "standard_scores",
     "strongest_activation",

@@ -10,6 +10,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from fna_lab.report.matrix import matrices
+
 COST_ROWS = (
     ("latency", "{}_total_ms", "ms a batch"),
     ("  attention", "{}_attention_ms", "ms"),
@@ -87,15 +89,15 @@ def _metrics(metrics: Mapping[str, float]) -> Group:
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():
-        if "/" in name:
-            fact, _, block = name.partition("/")
+        fact, _, block = name.partition("/")
+        if block.isdigit():
             layered.setdefault(block, {})[fact] = value
-        elif name != "n":
+        elif name != "n" and not block:
             table.add_row(name.replace("_", " "), _number(value))
     parts = [table] if table.row_count else []
     if layered:
         parts.append(_layers(layered))
-    return Group(*parts)
+    return Group(*parts, *matrices(metrics))
 
 
 def _layers(layered: Mapping[str, Mapping[str, float]]) -> Table:
