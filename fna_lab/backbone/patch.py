@@ -18,6 +18,7 @@ from fna_lab.attn.stopwatch import Stopwatch
 from fna_lab.backbone.blocks import find_blocks, find_patch_embedding, says_cls, says_prefix
 from fna_lab.backbone.named import resolve
 from fna_lab.backbone.parts import out_projection
+from fna_lab.backbone.neurons import NeuronTap
 from fna_lab.backbone.seam import (
     AttentionSeam,
     Changed,
@@ -247,6 +248,8 @@ class Patch:
     def _install(self) -> None:
         for search in self.searches:
             search.prepared = search.detector.prepare(self.blocks, search.detect)
+            search.neurons = NeuronTap(self.blocks, search.detector.neurons)
+            self._hooks += search.neurons.handles
         embedding = find_patch_embedding(self.model, self._path)
         if embedding is not None:
             self._hooks.append(embedding.register_forward_hook(self._begin))

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from fna_lab import ops
 from fna_lab.attn.base import AttentionVariant, Removal
 from fna_lab.attn.layers import parse_layers
+from fna_lab.backbone.neurons import NeuronTap
 from fna_lab.backbone.seam import AttentionSeam, Call, Probed, hidden, with_hidden
 from fna_lab.mask.base import Mask
 from fna_lab.mask.detector.base import Detector, Evidence
@@ -37,6 +38,7 @@ class Search:
         stage: before or after softmax.
         early: whether the set must be known before the detection block runs.
         prepared: what the detector's `prepare` returned.
+        neurons: reads the neurons that the detector lists.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Search:
     stage: str = "mask"
     early: bool = False
     prepared: Any = None
+    neurons: NeuronTap | None = None
 
     @property
     def iterative(self) -> bool:
@@ -233,6 +236,7 @@ class Finder:
             bias=_as_bias(attn_mask, x.dtype),
             found=None if found is None else found.tokens,
             stage=search.stage,
+            neurons=None if search.neurons is None else search.neurons.read(),
             prepared=search.prepared,
         )
 
