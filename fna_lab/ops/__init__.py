@@ -1,7 +1,13 @@
 """Tensor functions: attention, Nystroem attention, farthest points, patterns, detectors, cost."""
 
 from fna_lab.ops.attention import attention
-from fna_lab.ops.choices import cluster_medoids, grid_cells, leverage_scores, segment_centres
+from fna_lab.ops.choices import (
+    cluster_medoids,
+    grid_cells,
+    leverage_scores,
+    put_first,
+    segment_centres,
+)
 from fna_lab.ops.cost import (
     attention_flops,
     break_even_tokens,
@@ -64,6 +70,7 @@ __all__ = [
     "orthogonal_features",
     "patch_norms",
     "performer_attention",
+    "put_first",
     "recall_at_k",
     "removed_pairs",
     "restore_own_rows",
