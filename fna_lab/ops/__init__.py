@@ -22,7 +22,13 @@ from fna_lab.ops.anatomy import (
 )
 from fna_lab.ops.attention import attention, attention_pattern
 from fna_lab.ops.bootstrap import bootstrap_mean
-from fna_lab.ops.choices import cluster_medoids, grid_cells, leverage_scores, segment_centres
+from fna_lab.ops.choices import (
+    cluster_medoids,
+    grid_cells,
+    leverage_scores,
+    put_first,
+    segment_centres,
+)
 from fna_lab.ops.cost import (
     attention_flops,
     break_even_tokens,
@@ -136,6 +142,7 @@ __all__ = [
     "principal_components",
     "principal_projection",
     "projection_correction",
+    "put_first",
     "qk_alignment",
     "rank_correlation",
     "recall_at_k",
