@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from fna_lab.report.findings import verdicts
 from fna_lab.report.matrix import matrices
 
 COST_ROWS = (
@@ -44,7 +45,8 @@ def make_console() -> Console:
 
 def show(record: Mapping[str, Any], console: Console) -> None:
     """Print what was run, its metrics, and its cost against exact attention."""
-    parts: list[Any] = [_heading(record), _metrics(record["metrics"])]
+    parts: list[Any] = [_heading(record)]
+    parts.append(verdicts(record) if "findings" in record else _metrics(record["metrics"]))
     if record["cost"]:
         parts.append(_cost(record["cost"]))
     console.print(Group(*parts))
