@@ -141,7 +141,7 @@ def _strides(keys: Tensor | None) -> tuple[int, int]:
 
 
 def _products(dtype: torch.dtype) -> dict[str, str | bool]:
-    """How matrices are multiplied. Triton's interpreter does not know bfloat16 (its issue 4972)."""
+    """How matrices are multiplied; Triton's interpreter lacks bfloat16 (its issue 4972)."""
     interpreted = not isinstance(few_queries, triton.JITFunction)
     return {
         "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3",

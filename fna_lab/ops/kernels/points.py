@@ -5,9 +5,9 @@ and the features too where they fit (`MOST_RESIDENT` numbers: 512 tokens in 64 d
 ones are read again for every pick, from the cache. Beyond, every pick is one pass of many programs
 over the picture, which leave the largest distance of their block to the next pass.
 
-Distances are sums of squared differences in float32, so that equal points are at distance 0 exactly.
-They may differ from those of the torch path in the last bits, and picks then where two points are
-as far away up to rounding.
+Distances are sums of squared differences in float32: equal points are at distance 0 exactly. They
+may differ from those of the torch path in the last bits, and picks then where two points are as
+far away up to rounding.
 """
 
 # Kernels are functions of another language: launched by [grid], with options beside arguments.
