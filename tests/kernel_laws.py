@@ -45,22 +45,22 @@ def torch_path(monkeypatch, call):
         return call()
 
 
-# batch, heads, tokens, landmarks, head dim: no sizes of a block, several parts, more than stay.
+# batch, heads, tokens, landmarks, head dim, and whether keys are left out: no sizes of a block,
+# keys in several parts, more landmarks than stay on chip.
 SHAPES = [
-    (2, 3, 301, 13, 32),
-    (1, 1, 600, 64, 64),
-    (2, 1, 200, 100, 80),
-    (1, 2, 130, 70, 128),
-    (1, 1, 300, 150, 64),
-    (1, 2, 5, 1, 24),
+    (2, 3, 101, 13, 32, True),
+    (1, 1, 600, 64, 64, True),
+    (2, 1, 150, 100, 80, False),
+    (1, 2, 130, 70, 128, True),
+    (1, 1, 200, 150, 64, False),
+    (1, 2, 5, 1, 24, False),
 ]
 
 
-@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_both_products_are_softmax_attention(shape, dtype, masked):
-    batch, heads, tokens, marks, dim = shape
+def test_both_products_are_softmax_attention(shape, dtype):
+    batch, heads, tokens, marks, dim, masked = shape
     q, k, v = projection(batch, heads, tokens, dim, dtype)
     keys = None
     if masked:
@@ -112,7 +112,7 @@ def test_extreme_logits(name, size):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("solver", ["ridge", "newton_schulz"])
 def test_nystrom_attention_is_that_of_torch(monkeypatch, solver, masked):
-    q, k, v = projection(2, 2, 330, 64, torch.float32)
+    q, k, v = projection(2, 1, 330, 64, torch.float32)
     marks = torch.stack([torch.arange(0, 320, 10), torch.arange(1, 321, 10)]).to(DEVICE)
     keys = None
     if masked:
@@ -128,8 +128,8 @@ def test_nystrom_attention_is_that_of_torch(monkeypatch, solver, masked):
 
 
 def test_a_picture_does_not_see_its_batch_mates():
-    q, k, v = projection(3, 2, 400, 32, torch.float32)
-    marks = torch.arange(0, 400, 20, device=DEVICE).expand(3, -1)
+    q, k, v = projection(2, 1, 400, 32, torch.float32)
+    marks = torch.arange(0, 400, 20, device=DEVICE).expand(2, -1)
     both = ops.nystrom_attention(q, k, v, marks)
     alone = ops.nystrom_attention(q[1:2], k[1:2], v[1:2], marks[1:2])
     # Keys are dealt out by the size of the batch too: equal up to rounding.
@@ -200,7 +200,7 @@ def choose_form(monkeypatch, form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("some", [False, True])
-@pytest.mark.parametrize(("size", "channels", "num"), [(45, 3, 20), (70, 19, 12), (9, 2, 9)])
+@pytest.mark.parametrize(("size", "channels", "num"), [(45, 3, 12), (70, 19, 7), (9, 2, 9)])
 def test_farthest_points_by_the_rules(monkeypatch, size, channels, num, some, form):
     choose_form(monkeypatch, form)
     generator = torch.Generator().manual_seed(size)
@@ -245,11 +245,11 @@ def test_given_points_at_once(monkeypatch, form, dtype):
     first[2, 5] = first[2, 2]
 
     def call():
-        return ops.farthest_points(x, 20, first=first, repeats=3)
+        return ops.farthest_points(x, 12, first=first, repeats=3)
 
     found = call()
     assert torch.equal(found, torch_path(monkeypatch, call))
-    assert all(len(set(row)) == 20 for row in found.tolist())
+    assert all(len(set(row)) == 12 for row in found.tolist())
 
 
 def test_farthest_points_at_the_size_of_a_picture(monkeypatch):
