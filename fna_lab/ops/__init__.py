@@ -7,8 +7,28 @@ from fna_lab.ops.agreement import (
     set_agreement,
     set_counts,
 )
-from fna_lab.ops.attention import attention
-from fna_lab.ops.choices import cluster_medoids, grid_cells, leverage_scores, segment_centres
+from fna_lab.ops.anatomy import (
+    CLASSES,
+    class_max,
+    class_mean,
+    class_members,
+    class_sums,
+    class_suppression,
+    ov_alignment,
+    per_head,
+    principal_components,
+    qk_alignment,
+    top_activations,
+)
+from fna_lab.ops.attention import attention, attention_pattern
+from fna_lab.ops.bootstrap import bootstrap_mean
+from fna_lab.ops.choices import (
+    cluster_medoids,
+    grid_cells,
+    leverage_scores,
+    put_first,
+    segment_centres,
+)
 from fna_lab.ops.cost import (
     attention_flops,
     break_even_tokens,
@@ -26,12 +46,7 @@ from fna_lab.ops.detectors import (
     patch_norms,
     suppression,
 )
-from fna_lab.ops.directions import (
-    alignment,
-    defect_direction,
-    linear_map,
-    principal_projection,
-)
+from fna_lab.ops.directions import alignment, defect_direction, linear_map, principal_projection
 from fna_lab.ops.merging import bipartite_matching, merge_tokens, unmerge_tokens
 from fna_lab.ops.nystrom import gather_tokens, nystrom_attention, nystrom_chain, subset_attention
 from fna_lab.ops.patterns import (
@@ -62,21 +77,38 @@ from fna_lab.ops.sinks import (
     standard_scores,
 )
 from fna_lab.ops.solvers import newton_schulz, ridge_solve
+from fna_lab.ops.strategies import (
+    CORRECTIONS,
+    REPLACEMENTS,
+    projection_correction,
+    redistribute,
+    replace_tokens,
+)
 from fna_lab.ops.token_classes import TOKEN_CLASSES, token_classes
 
 __all__ = [
+    "CLASSES",
+    "CORRECTIONS",
     "INCOMING_RULES",
     "PATTERNS",
+    "REPLACEMENTS",
     "STAGES",
     "TOKEN_CLASSES",
     "alignment",
     "attention",
     "attention_flops",
+    "attention_pattern",
     "attention_rows",
     "average_ranks",
     "bipartite_matching",
+    "bootstrap_mean",
     "break_even_tokens",
     "check_pattern",
+    "class_max",
+    "class_mean",
+    "class_members",
+    "class_sums",
+    "class_suppression",
     "cls_proxy",
     "cls_row",
     "cluster_medoids",
@@ -103,13 +135,21 @@ __all__ = [
     "nystrom_chain",
     "nystrom_flops",
     "orthogonal_features",
+    "ov_alignment",
     "patch_norms",
+    "per_head",
     "performer_attention",
+    "principal_components",
     "principal_projection",
+    "projection_correction",
+    "put_first",
+    "qk_alignment",
     "rank_correlation",
     "recall_at_k",
+    "redistribute",
     "register_neuron_scores",
     "removed_pairs",
+    "replace_tokens",
     "restore_own_rows",
     "ridge_solve",
     "segment_centres",
@@ -124,6 +164,7 @@ __all__ = [
     "suppression",
     "token_classes",
     "token_rows",
+    "top_activations",
     "top_register_neurons",
     "unmerge_tokens",
 ]
