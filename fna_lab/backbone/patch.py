@@ -17,8 +17,8 @@ from fna_lab.attn.layers import parse_layers
 from fna_lab.attn.stopwatch import Stopwatch
 from fna_lab.backbone.blocks import find_blocks, find_patch_embedding, says_cls, says_prefix
 from fna_lab.backbone.named import resolve
-from fna_lab.backbone.parts import out_projection
 from fna_lab.backbone.neurons import NeuronTap
+from fna_lab.backbone.parts import out_projection
 from fna_lab.backbone.seam import (
     AttentionSeam,
     Changed,
