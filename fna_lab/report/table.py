@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fna_lab.report.matrix import matrices
+from fna_lab.report.verdicts import verdicts
 
 COST_ROWS = (
     ("latency", "{}_total_ms", "ms a batch"),
@@ -44,7 +45,8 @@ def make_console() -> Console:
 
 def show(record: Mapping[str, Any], console: Console) -> None:
     """Print what was run, its metrics, and its cost against exact attention."""
-    parts: list[Any] = [_heading(record), _metrics(record["metrics"])]
+    parts: list[Any] = [_heading(record)]
+    parts.append(verdicts(record) if "findings" in record else _metrics(record["metrics"]))
     if record["cost"]:
         parts.append(_cost(record["cost"]))
     console.print(Group(*parts))
