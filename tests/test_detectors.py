@@ -209,8 +209,8 @@ def test_the_rules_of_incoming_attention(rule, log, taken):
         left = [t for t in range(1, N) if not (taken and t == 9)]
         values = {t: share[b, t].item() for t in left}
         if rule == "raw":
-            heights = {t: value * (N - taken) for t, value in values.items()}
-            wanted = {t for t in left if values[t] > 3.3 / (N - taken)}
+            heights = {t: value * (N - 1 - taken) for t, value in values.items()}
+            wanted = {t for t in left if values[t] > 3.3 / (N - 1 - taken)}
         else:
             values = {t: math.log(v) if log else v for t, v in values.items()}
             numbers = np.array(list(values.values()))
@@ -225,7 +225,7 @@ def test_the_rules_of_incoming_attention(rule, log, taken):
 
 def test_published_thresholds_are_the_defaults():
     assert IncomingDetector().factor == 9.0 and IncomingDetector(rule="std").factor == 7.0
-    share = torch.full((1, 100), 0.01)
+    share = torch.full((1, 101), 0.01)
     share[0, 5], share[0, 6] = 0.0899, 0.0901
     assert ops.incoming_sinks(share)[0].nonzero().tolist() == [[0, 6]]
     share = torch.arange(100.0)[None] / 1e4
