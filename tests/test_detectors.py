@@ -292,6 +292,19 @@ def test_the_proxy_without_cls_is_the_raw_rule():
     assert torch.equal(one[0].nonzero()[0], ClsProxyDetector().scores(seen)[0].argmax()[None])
 
 
+def test_the_proxy_can_ask_for_more_than_uniform_shares():
+    seen = evidence(dtype=torch.float64)
+    row = slow_attention(seen, 0)[:, 0].mean(0)
+    for least in (0.0, 0.5, 4.0):
+        found = ClsProxyDetector(ratio=0.02, least=least)(seen)[0]
+        for t in range(1, N):
+            assert found[t].item() == (row[t] > max(0.02 * row[0], least / N))
+    assert (
+        ClsProxyDetector(ratio=0.02)(seen).sum()
+        > ClsProxyDetector(ratio=0.02, least=4.0)(seen).sum()
+    )
+
+
 def test_the_class_of_the_proxy_follows_its_ratio():
     assert ClsProxyDetector().finds == "massive"
     assert ClsProxyDetector(ratio=1.0).finds == "artifact"
@@ -396,6 +409,7 @@ def test_hooks_of_patches_are_not_run_by_prepare():
             lambda: SingularDefectDetector(samples=9).prepare([torch.nn.Linear(9, 9)], 1),
             "samples=9: expected more than the 9 channels",
         ),
+        (lambda: ClsProxyDetector(least=-1), "mask.detector.least=-1"),
         (lambda: ClsProxyDetector(finds="odd"), "mask.detector.finds='odd'"),
         (lambda: DETECTORS["incoming raw"](Evidence(torch.zeros(1, 9, 4), 1, True)), "q and k"),
         (lambda: DETECTORS["singular_defect"](Evidence(torch.ones(1, 9, 4), 1, True)), "prepare"),

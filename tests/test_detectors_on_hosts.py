@@ -11,6 +11,8 @@ from fna_lab.mask.detector.base import Detector, Evidence
 from fna_lab.mask.detector.cls_proxy import ClsProxyDetector
 from fna_lab.mask.detector.incoming import IncomingDetector
 from fna_lab.mask.detector.norm_fixed import NormFixedDetector
+from fna_lab.mask.detector.norm_gap import NormGapDetector
+from fna_lab.mask.detector.norm_ratio import NormRatioDetector
 from fna_lab.mask.detector.projection import ProjectionDetector
 from fna_lab.mask.detector.register_neurons import RegisterNeuronsDetector
 from fna_lab.mask.detector.singular_defect import SingularDefectDetector
@@ -93,4 +95,22 @@ def test_a_threshold_that_finds_everything_is_named() -> None:
     mask = Type1Mask(detector=DETECTORS["norm_fixed"])
     with pytest.raises(ValueError, match=r"norm_fixed \(norm=0.0001\) finds all 25 patch tokens"):
         with fna_lab.patch(model, "exact", mask):
+            host.run(model, x)
+
+
+def test_a_random_model_has_nothing_to_find() -> None:
+    """The negative control, with published thresholds; the published CLS proxy fails it."""
+    host, model, _ = build("timm clip")
+    x = torch.randn(4, 3, host.img_size, host.img_size)
+    defaults: list[Detector] = [
+        NormGapDetector(), NormRatioDetector(), NormFixedDetector(), IncomingDetector(),
+        IncomingDetector(rule="std"), SinkRateDetector(), ProjectionDetector(),
+        ClsProxyDetector(least=3.0), SingularDefectDetector(),
+    ]  # fmt: skip
+    for one in defaults:
+        with fna_lab.patch(model, "exact", Type1Mask(detector=one), layers="2-3") as patched:
+            host.run(model, x)
+            assert patched.tokens is not None and not patched.tokens.any(), one.name
+    with fna_lab.patch(model, "exact", Type1Mask(detector=ClsProxyDetector()), layers="2-3"):
+        with pytest.raises(ValueError, match="finds all 25 patch tokens"):
             host.run(model, x)
