@@ -72,6 +72,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             "mask": _mask_facts(patched),
             "metrics": task.found,
             "cost": task.costs,
+            **task.extra,
             "seconds": round(time.time() - begin, 1),
         }
         records.write(record, task.rows, folder, task.arrays)

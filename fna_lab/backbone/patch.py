@@ -17,6 +17,7 @@ from fna_lab.attn.layers import parse_layers
 from fna_lab.attn.stopwatch import Stopwatch
 from fna_lab.backbone.blocks import find_blocks, find_patch_embedding, says_cls, says_prefix
 from fna_lab.backbone.named import resolve
+from fna_lab.backbone.neurons import NeuronTap
 from fna_lab.backbone.parts import out_projection
 from fna_lab.backbone.seam import (
     AttentionSeam,
@@ -171,6 +172,12 @@ class Patch:
         return None if found is None else found.ranks
 
     @property
+    def strengths(self) -> Tensor | None:
+        """Of an iterative schedule, how far each token of T stood out when it was found."""
+        found = self._pass.found.get("mask")
+        return None if found is None else found.scores
+
+    @property
     def classes(self) -> dict[str, Tensor]:
         """Token classes of the last forward pass, bool `[b n]` each."""
         return {s.name: self._class(s.name) for s in self.searches if s.name != "mask"}
@@ -241,6 +248,8 @@ class Patch:
     def _install(self) -> None:
         for search in self.searches:
             search.prepared = search.detector.prepare(self.blocks, search.detect)
+            search.neurons = NeuronTap(self.blocks, search.detector.neurons)
+            self._hooks += search.neurons.handles
         embedding = find_patch_embedding(self.model, self._path)
         if embedding is not None:
             self._hooks.append(embedding.register_forward_hook(self._begin))

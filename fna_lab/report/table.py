@@ -10,6 +10,9 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from fna_lab.report.matrix import matrices
+from fna_lab.report.verdicts import verdicts
+
 COST_ROWS = (
     ("latency", "{}_total_ms", "ms a batch"),
     ("  attention", "{}_attention_ms", "ms"),
@@ -42,7 +45,8 @@ def make_console() -> Console:
 
 def show(record: Mapping[str, Any], console: Console) -> None:
     """Print what was run, its metrics, and its cost against exact attention."""
-    parts: list[Any] = [_heading(record), _metrics(record["metrics"])]
+    parts: list[Any] = [_heading(record)]
+    parts.append(verdicts(record) if "findings" in record else _metrics(record["metrics"]))
     if record["cost"]:
         parts.append(_cost(record["cost"]))
     console.print(Group(*parts))
@@ -103,14 +107,15 @@ def _metrics(metrics: Mapping[str, float]) -> Group:
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():
-        if "/" in name:
-            fact, _, block = name.rpartition("/")
+        fact, _, block = name.rpartition("/")
+        if block.isdigit():
             measure, _, fact = fact.rpartition("/")
             measures.setdefault(measure, {}).setdefault(block, {})[fact] = value
-        elif name != "n":
+        elif name != "n" and not fact:
             table.add_row(name.replace("_", " "), _number(value))
     parts = [table] if table.row_count else []
-    return Group(*parts, *(_layers(name, layered) for name, layered in measures.items()))
+    tables = (_layers(name, layered) for name, layered in measures.items())
+    return Group(*parts, *tables, *matrices(metrics))
 
 
 def _layers(measure: str, layered: Mapping[str, Mapping[str, float]]) -> Group:
