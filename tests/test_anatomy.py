@@ -49,7 +49,8 @@ def call(seed: int = 0, batch: int = 3, n: int = 11, prefix: int = 1, **more: An
 def classes(batch: int, n: int, prefix: int, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     massive, artifact = torch.rand(2, batch, n, generator=generator) < 0.3
-    return ops.class_members(massive, artifact, num_prefix_tokens=prefix, has_cls=prefix > 0)
+    found = ops.token_classes(massive, artifact, prefix=prefix, has_cls=prefix > 0)
+    return ops.class_members(found)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
@@ -66,7 +67,7 @@ def test_class_masses_sum_to_one_whatever_the_pieces(prefix: int, piece: int) ->
     pushed = ops.class_sums(pattern * (seen @ v.mT), members, members)
     torch.testing.assert_close(sums.pushed, pushed, rtol=1e-4, atol=1e-4)
     facts = mass_facts(sums, members)
-    whole = torch.stack([facts[f"mass/{name}"] for name in ops.CLASSES]).nan_to_num().sum(0)
+    whole = torch.stack([facts[f"mass/{name}"] for name in ops.TOKEN_CLASSES]).nan_to_num().sum(0)
     torch.testing.assert_close(whole, torch.ones(3))
     present = members.any(1)
     flow = facts["flow"].sum(-1)
@@ -114,7 +115,7 @@ def test_suppression_with_attention_is_the_projection_of_what_attention_adds(nam
     added = ops.attention(q, k, v, scale=context.scale).transpose(1, 2).flatten(2) @ weight.T
     unit = torch.nn.functional.normalize(context.x, dim=-1)
     wanted = ops.class_mean((unit * added).sum(-1), members)
-    for i, kind in enumerate(ops.CLASSES):
+    for i, kind in enumerate(ops.TOKEN_CLASSES):
         found = facts[f"suppression/{kind}"]
         torch.testing.assert_close(found, wanted[:, i], equal_nan=True, rtol=1e-4, atol=1e-5)
     matrix = ops.suppression(context.x, v, weight)

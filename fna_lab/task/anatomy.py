@@ -134,26 +134,25 @@ class Anatomy(Task):
     def members(self, images: Tensor) -> Tensor:
         """The class of every token at the detection block, bool `[b n k]`.
 
-        Massive: the CLS proxy at 0.3, or three median norms where there is no CLS. Artifact:
-        sinks that are not massive, one taken out a round.
+        Massive: the CLS proxy at 0.3, or what stands in for it without a CLS. Artifact: sinks
+        that are not massive, found one a round.
         """
         backbone, anatomy = self.backbone, self.backbone.anatomy
-        prefix, has_cls = backbone.num_prefix_tokens, backbone.has_cls
-        if has_cls:
-            with patch(
-                backbone.host,
-                Onlooker(),
-                layers=[anatomy.detect],
-                blocks=backbone.blocks_path,
-                restart=min(anatomy.restart, anatomy.detect),
-            ) as onlooker:
-                self.features(images)
-            massive, artifact = onlooker.classes["massive"], onlooker.classes["artifact"]
-        else:
-            replay = backbone.replay(images, anatomy.detect, anatomy.detect)
-            massive = ops.norm_ratio(replay.inputs, prefix=prefix, ratio=3.0)
-            artifact = torch.zeros_like(massive)
-        return ops.class_members(massive, artifact, num_prefix_tokens=prefix, has_cls=has_cls)
+        with patch(
+            backbone.host,
+            Onlooker(),
+            layers=[anatomy.detect],
+            blocks=backbone.blocks_path,
+            restart=min(anatomy.restart, anatomy.detect),
+        ) as onlooker:
+            self.features(images)
+        classes = ops.token_classes(
+            onlooker.classes["massive"],
+            onlooker.classes["artifact"],
+            prefix=backbone.num_prefix_tokens,
+            has_cls=backbone.has_cls,
+        )
+        return ops.class_members(classes)
 
     def _block(
         self,
@@ -346,7 +345,7 @@ class Anatomy(Task):
 def _shown(members: Tensor) -> Tensor:
     """Tokens `[m]` of one picture, class by class: all that stand out, and normal ones evenly."""
     normal = members[:, -1]
-    special = members.int().argmax(-1).masked_fill(normal, len(ops.CLASSES))
+    special = members.int().argmax(-1).masked_fill(normal, len(ops.TOKEN_CLASSES))
     order = special.sort(stable=True).indices
     special, normal = order[: int((~normal).sum())], order[int((~normal).sum()) :]
     special = special[: MATRIX // 2]
