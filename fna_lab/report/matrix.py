@@ -29,7 +29,7 @@ def matrices(metrics: Mapping[str, float]) -> list[Table]:
     found: dict[str, dict[tuple[str, str], float]] = {}
     for name, value in metrics.items():
         parts = name.split("/")
-        if len(parts) == 3:
+        if len(parts) == 3 and not parts[2].isdigit():  # a number is a block or a round
             found.setdefault(parts[0], {})[parts[1], parts[2]] = value
     counts = {name[6:]: value for name, value in metrics.items() if name.startswith("found/")}
     return [_matrix(measure, cells, counts) for measure, cells in found.items()]
