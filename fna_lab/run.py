@@ -70,6 +70,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             "attn": {"name": patched.attn.name, "layers": list(patched.attn_layers)},
             "mask": _mask_facts(patched),
             "metrics": task.found,
+            "errors": task.errors,
+            "fallbacks": task.fallbacks,
             "cost": task.costs,
             "seconds": round(time.time() - begin, 1),
         }

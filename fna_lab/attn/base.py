@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle as Handle
 
 from fna_lab import ops
+from fna_lab.attn.guard import Guard
 from fna_lab.attn.landmarks.base import LandmarkSampler
 from fna_lab.attn.stopwatch import Stopwatch
 
@@ -83,12 +84,14 @@ class AttentionVariant(ABC):
         min_tokens: the fewest tokens that it can work on.
         token_classes: classes (`massive`, `artifact`) that must be detected for it.
         num_extra_tokens: tokens that its `hooks` append behind the host's own.
+        guard: watches its answers, None = nobody does.
     """
 
     patterns: Iterable[str] = ()
     min_tokens: int = 1
     token_classes: tuple[str, ...] = ()
     num_extra_tokens: int = 0
+    guard: Guard | None = None
 
     @abstractmethod
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from fna_lab import ops
 from fna_lab.attn.base import Context, LandmarkAttention
+from fna_lab.attn.guard import Guard
 from fna_lab.attn.landmarks.base import LandmarkSampler
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
 from fna_lab.attn.solver.base import Solver
@@ -25,6 +28,8 @@ class FastNystromAttention(LandmarkAttention):
         renew: take landmarks anew every so many layers, 0 = never.
         keep_cls: make CLS the first landmark.
         exact_cls: give CLS its exact output, which the chain knows where CLS is a landmark.
+        guard: largest residual that is believed before ridge and then exact attention are taken,
+            see `Guard`; None = nobody looks.
     """
 
     def __init__(
@@ -37,6 +42,7 @@ class FastNystromAttention(LandmarkAttention):
         renew: int = 1,
         keep_cls: bool = True,
         exact_cls: bool = True,
+        guard: float | None = None,
     ) -> None:
         super().__init__(
             landmarks=landmarks or GridFarthestPointLandmarks(),
@@ -47,6 +53,7 @@ class FastNystromAttention(LandmarkAttention):
         )
         self.solver = solver or RidgeSolver()
         self.exact_cls = exact_cls
+        self.guard = None if guard is None else Guard(guard)
 
     def attend(
         self,
@@ -59,17 +66,13 @@ class FastNystromAttention(LandmarkAttention):
         bias: Tensor | None,
     ) -> Tensor:
         """See `ops.nystrom_attention`."""
-        return ops.nystrom_attention(
-            q,
-            k,
-            v,
-            self.choose(q, k, keys, context),
-            scale=context.scale,
-            solver=self.solver,
-            keys=keys,
-            bias=bias,
-            exact_rows=int(self.exact_cls and self.keep_cls and context.has_cls),
-        )
+        more: dict[str, Any] = {"scale": context.scale, "solver": self.solver}
+        more |= {"keys": keys, "bias": bias}
+        more["exact_rows"] = int(self.exact_cls and self.keep_cls and context.has_cls)
+        landmarks = self.choose(q, k, keys, context)
+        if self.guard is None:
+            return ops.nystrom_attention(q, k, v, landmarks, **more)
+        return self.guard.nystrom_attention(q, k, v, landmarks, layer=context.layer, **more)
 
     def layer_flops(self, tokens: int, heads: int, head_dim: int) -> int:
         """FLOPs of the attention of one picture at one layer, without selection."""

@@ -19,6 +19,7 @@ class PublishedFastNystromAttention(FastNystromAttention):
         source: what is sampled.
         renew: take landmarks anew every so many layers, 0 = never.
         keep_cls: make CLS the first landmark.
+        guard: largest residual that is believed, see `Guard`; None = nobody looks.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class PublishedFastNystromAttention(FastNystromAttention):
         source: str = "input",
         renew: int = 0,
         keep_cls: bool = True,
+        guard: float | None = None,
     ) -> None:
         super().__init__(
             num_landmarks=num_landmarks,
@@ -39,4 +41,5 @@ class PublishedFastNystromAttention(FastNystromAttention):
             renew=renew,
             keep_cls=keep_cls,
             exact_cls=False,
+            guard=guard,
         )

@@ -26,6 +26,7 @@ from fna_lab.mask.detector.base import Evidence
 Variant = TypeVar("Variant", AttentionVariant, Mask)
 
 Observer = Callable[[Tensor, Tensor, Context], None]
+Meter = Callable[[AttentionVariant, Tensor, Tensor, Tensor, Context], Tensor]
 
 # CLIP ViT-L/14, 24 blocks: detection, masks and FNA from block 13 on; others in proportion.
 START = 13 / 24
@@ -118,6 +119,8 @@ class Patch:
         detect: block at which tokens are detected, None without a mask.
         stopwatch: notes the time of attention and selection, None where nobody measures.
         observer: is shown queries, keys and context before each attention, None = nobody looks.
+        meter: stands in for the attention of the replaced blocks and is given the variant, None =
+            the variant itself attends.
         enabled: False while the model runs as it came.
         pictures: pictures seen by the detector so far.
         tokens: T of the last forward pass, bool `[b n]`, None before the first.
@@ -144,6 +147,7 @@ class Patch:
         self.enabled = True
         self.stopwatch: Stopwatch | None = None
         self.observer: Observer | None = None
+        self.meter: Meter | None = None
         self.pictures = 0
         self.tokens: Tensor | None = None
         self._found: list[Tensor] = []
@@ -290,6 +294,8 @@ class Patch:
         )
         if self.observer is not None:
             self.observer(q, k, context)
+        if self.meter is not None and variant is self.attn:
+            return self.meter(variant, q, k, v, context)
         if self.stopwatch is None:
             return variant(q, k, v, context)
         begin = self.stopwatch.now()

@@ -10,6 +10,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from fna_lab.report.errors import error_table, fallback_text
+
 COST_ROWS = (
     ("latency", "{}_total_ms", "ms a batch"),
     ("  attention", "{}_attention_ms", "ms"),
@@ -28,6 +30,10 @@ def make_console() -> Console:
 def show(record: Mapping[str, Any], console: Console) -> None:
     """Print what was run, its metrics, and its cost against exact attention."""
     parts: list[Any] = [_heading(record), _metrics(record["metrics"])]
+    if record.get("errors"):
+        parts.append(error_table(record["errors"]))
+    if record.get("fallbacks"):
+        parts.append(fallback_text(record["fallbacks"], record["config"]["attn"]["guard"]))
     if record["cost"]:
         parts.append(_cost(record["cost"]))
     console.print(Group(*parts))
