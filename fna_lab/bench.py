@@ -29,7 +29,8 @@ from torch import Tensor
 from fna_lab.attn.base import AttentionVariant, Context
 from fna_lab.attn.layers import parse_layers
 from fna_lab.attn.stopwatch import Stopwatch
-from fna_lab.backbone.patch import Patch, named_attention, patch
+from fna_lab.backbone.named import named_attention
+from fna_lab.backbone.patch import Patch, patch
 from fna_lab.backbone.timm import TimmBackbone
 from fna_lab.metric import cost
 from fna_lab.report.figure import COLOURS, MARKERS

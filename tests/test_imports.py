@@ -29,7 +29,8 @@ MAY = {
     "cli": ("help", "run", "report"),
     "__main__": ("cli",),
     "__init__": ("backbone.patch",),
-    "bench": ("attn.base", "attn.layers", "attn.stopwatch", "backbone.patch", "backbone.timm",
+    "bench": ("attn.base", "attn.layers", "attn.stopwatch", "backbone.named",
+              "backbone.patch", "backbone.timm",
               "metric", "report"),
     "pretrain": ("backbone.tiny_clip", "data.shapes_world"),
 }  # fmt: skip

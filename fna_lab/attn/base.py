@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -85,6 +85,7 @@ class AttentionVariant(ABC):
         token_classes: classes (`massive`, `artifact`) that must be detected for it.
         num_extra_tokens: tokens that its `hooks` append behind the host's own.
         guard: watches its answers, None = nobody does.
+        calibration_pictures: pictures that `calibrate` wants to see; 0 = it is not called.
     """
 
     patterns: Iterable[str] = ()
@@ -92,6 +93,7 @@ class AttentionVariant(ABC):
     token_classes: tuple[str, ...] = ()
     num_extra_tokens: int = 0
     guard: Guard | None = None
+    calibration_pictures: int = 0
 
     @abstractmethod
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
@@ -115,6 +117,22 @@ class AttentionVariant(ABC):
             layers: those whose attention is replaced.
         """
         return ()
+
+    def calibrate(
+        self,
+        forward: Callable[[], object],  # noqa: ARG002
+        blocks: Sequence[nn.Module],  # noqa: ARG002
+    ) -> AttentionVariant:
+        """The variant with what a few pictures settle, before the host is patched.
+
+        Args:
+            forward: runs `calibration_pictures` pictures through the unpatched host.
+            blocks: the host's blocks, in order.
+
+        Returns:
+            A settled copy; itself where there is nothing to settle.
+        """
+        return self
 
     def check_tokens(self, tokens: int) -> None:  # noqa: ARG002, B027 (most need no check)
         """Refuse, before any data is read, pictures of too few tokens.

@@ -23,6 +23,27 @@ STAGES = ("mask", "sink")
 EMPTY_ROWS = ("t_to_x", "x_to_x")
 
 
+def check_pattern(pattern: str, stage: str, prefix: str = "") -> str:
+    """The pattern itself, where it exists and leaves every row a key by construction.
+
+    Args:
+        pattern: a name of `PATTERNS`.
+        stage: a name of `STAGES`.
+        prefix: of the settings' names in messages.
+
+    Raises:
+        ValueError: a name is unknown, or a `mask` would empty whole rows (`t_to_x`, `x_to_x`).
+    """
+    check_choice(f"{prefix}pattern", pattern, PATTERNS)
+    check_choice(f"{prefix}stage", stage, STAGES)
+    if stage == "mask" and pattern in EMPTY_ROWS:
+        raise ValueError(
+            f"Expected {prefix}stage 'sink' with {prefix}pattern {pattern!r}, got 'mask', which "
+            "leaves whole rows without a key."
+        )
+    return pattern
+
+
 def removed_pairs(tokens: Tensor, pattern: str) -> Tensor:
     """Which pairs a pattern takes away.
 
@@ -98,13 +119,7 @@ def masked_attention(
     """
     check_qkv(q, k, v)
     check_bool("tokens", tokens, (q.shape[0], k.shape[2]))
-    check_choice("pattern", pattern, PATTERNS)
-    check_choice("stage", stage, STAGES)
-    if stage == "mask" and pattern in EMPTY_ROWS:
-        raise ValueError(
-            f"Expected stage 'sink' with pattern {pattern!r}, got 'mask', which leaves whole rows "
-            "without a key."
-        )
+    check_pattern(pattern, stage)
     scale = default_scale(q) if scale is None else scale
     if pattern not in ("type1", "type2"):
         return _dense(q, k, v, removed_pairs(tokens, pattern), stage, scale, bias)
