@@ -24,7 +24,7 @@ from fna_lab.attn.solver.newton_schulz import NewtonSchulzSolver
 from fna_lab.attn.solver.pinv import PinvSolver
 from fna_lab.attn.solver.ridge import RidgeSolver
 from fna_lab.attn.tome import TomeAttention
-from fna_lab.backbone.patch import named_attention
+from fna_lab.backbone.named import named_attention
 from fna_lab.metric.attention_error import AttentionError, attention_facts, token_classes
 from fna_lab.report import table
 

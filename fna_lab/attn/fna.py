@@ -11,6 +11,7 @@ from fna_lab.attn.base import Context, LandmarkAttention
 from fna_lab.attn.guard import Guard
 from fna_lab.attn.landmarks.base import LandmarkSampler
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
+from fna_lab.attn.layers import Counts
 from fna_lab.attn.solver.base import Solver
 from fna_lab.attn.solver.ridge import RidgeSolver
 
@@ -21,7 +22,7 @@ class FastNystromAttention(LandmarkAttention):
     out = softmax(s Q Kp') Z(A) softmax(s Qp K') V with A = softmax(s Qp Kp').
 
     Args:
-        num_landmarks: landmarks m of each picture, CLS included.
+        num_landmarks: landmarks m of each picture, CLS included; one number, or one a block.
         landmarks: the sampler; None = half a grid, half farthest points.
         solver: what stands for the inverse of A; None = ridge.
         source: what is sampled; see `LandmarkAttention`.
@@ -35,7 +36,7 @@ class FastNystromAttention(LandmarkAttention):
     def __init__(
         self,
         *,
-        num_landmarks: int = 64,
+        num_landmarks: Counts = 64,
         landmarks: LandmarkSampler | None = None,
         solver: Solver | None = None,
         source: str = "normed",

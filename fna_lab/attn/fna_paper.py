@@ -5,6 +5,7 @@ from __future__ import annotations
 from fna_lab.attn.fna import FastNystromAttention
 from fna_lab.attn.landmarks.base import LandmarkSampler
 from fna_lab.attn.landmarks.fps import FarthestPointLandmarks
+from fna_lab.attn.layers import Counts
 from fna_lab.attn.solver.base import Solver
 from fna_lab.attn.solver.newton_schulz import NewtonSchulzSolver
 
@@ -13,7 +14,7 @@ class PublishedFastNystromAttention(FastNystromAttention):
     """CLS and farthest points of the first layer's input, reused; six cubic iterations.
 
     Args:
-        num_landmarks: landmarks m of each picture, CLS included.
+        num_landmarks: landmarks m of each picture, CLS included; one number, or one a block.
         landmarks: the sampler; None = farthest points.
         solver: what stands for the inverse of A; None = the cubic iteration.
         source: what is sampled.
@@ -25,7 +26,7 @@ class PublishedFastNystromAttention(FastNystromAttention):
     def __init__(
         self,
         *,
-        num_landmarks: int = 64,
+        num_landmarks: Counts = 64,
         landmarks: LandmarkSampler | None = None,
         solver: Solver | None = None,
         source: str = "input",

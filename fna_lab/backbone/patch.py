@@ -81,6 +81,7 @@ def patch(
     depth = len(found)
     default = range(round(START * depth), depth)
     attn_layers = parse_layers(default if layers is None else layers, depth, setting="attn.layers")
+    attention.check_layers(attn_layers)
     masked: tuple[int, ...] = ()
     if strategy.pattern is not None:
         attention.check(strategy.pattern)
