@@ -21,7 +21,7 @@ OPTIONS = [option for option in OPTIONS if "/" in option]
 PAIRED = ("attn", "attn/landmarks", "attn/solver", "mask", "mask/detector", "data", "task")
 # What only a run can give, and what only a run reads.
 GIVEN = {"data": {"transform"}, "task": {"backbone", "patched", "exact"}, "logger": {"save_dir"}}
-READ_BY_RUN = {"attn": {"layers"}}
+READ_BY_RUN = {"attn": {"layers", "budget"}}
 
 
 def composed(option: str) -> DictConfig:

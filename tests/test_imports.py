@@ -28,7 +28,7 @@ MAY = {
             "task.base"),
     "cli": ("help", "run", "report"),
     "__main__": ("cli",),
-    "__init__": ("backbone.patch",),
+    "__init__": ("backbone.patch", "backbone.budget"),
     "bench": ("attn.base", "attn.layers", "attn.stopwatch", "backbone.named",
               "backbone.patch", "backbone.timm",
               "metric", "report"),

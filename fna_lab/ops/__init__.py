@@ -27,6 +27,7 @@ from fna_lab.ops.error import (
     solve_residual,
     weight_facts,
 )
+from fna_lab.ops.knapsack import cheapest_choice
 from fna_lab.ops.merging import bipartite_matching, merge_tokens, unmerge_tokens
 from fna_lab.ops.nystrom import gather_tokens, nystrom_attention, nystrom_chain, subset_attention
 from fna_lab.ops.patterns import (
@@ -51,6 +52,7 @@ __all__ = [
     "attention_flops",
     "bipartite_matching",
     "break_even_tokens",
+    "cheapest_choice",
     "check_pattern",
     "class_mean",
     "cls_proxy",

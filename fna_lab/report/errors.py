@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -60,6 +61,29 @@ def fallback_text(fallbacks: Mapping[str, Mapping[str, int]], threshold: float) 
     if where:
         text.append(f" ({'; '.join(where)})")
     return text
+
+
+def budget_table(solved: Mapping[str, Any]) -> Group:
+    """What a budget chose, and how to ask for the same again."""
+    heading = Text(
+        f"budget {solved['budget']:g}: 1 - cosine of the features is at most "
+        f"{solved['error']:.3g} on each of the {solved['pictures']} calibration pictures"
+    )
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for name in ("block", "landmarks", "error of its\nattention"):
+        table.add_column(name, justify="right")
+    chosen = {int(block): num for block, num in solved["landmarks"].items()}
+    errors = {int(block): error for block, error in solved["errors"].items()}
+    for block in sorted(chosen):
+        table.add_row(str(block), str(chosen[block]), f"{errors[block]:.3g}")
+    pairs = ",".join(f"{block}:{chosen[block]}" for block in sorted(chosen))
+    blocks = ",".join(str(block) for block in sorted(chosen))
+    text = Text(
+        f"attention of all blocks: {solved['gflops']:.3f} GFLOP a picture instead of "
+        f"{solved['exact_gflops']:.3f}; {solved['checks']} choices measured end to end\n"
+        f"the same again: attn.layers=[{blocks}] 'attn.num_landmarks={{{pairs}}}'\n"
+    )
+    return Group(heading, table, text)
 
 
 def _values(row: Mapping[str, Any], column: Sequence[Any]) -> list[float]:

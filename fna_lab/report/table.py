@@ -10,7 +10,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from fna_lab.report.errors import error_table, fallback_text
+from fna_lab.report.errors import budget_table, error_table, fallback_text
 
 COST_ROWS = (
     ("latency", "{}_total_ms", "ms a batch"),
@@ -30,6 +30,8 @@ def make_console() -> Console:
 def show(record: Mapping[str, Any], console: Console) -> None:
     """Print what was run, its metrics, and its cost against exact attention."""
     parts: list[Any] = [_heading(record), _metrics(record["metrics"])]
+    if record.get("budget"):
+        parts.insert(1, budget_table(record["budget"]))
     if record.get("errors"):
         parts.append(error_table(record["errors"]))
     if record.get("fallbacks"):
@@ -73,7 +75,10 @@ def _heading(record: Mapping[str, Any]) -> Text:
     text.append(" (synthetic)\n" if data.get("synthetic") else "\n")
     text.append(f"backbone  {backbone['name']}: {backbone['img_size']} px, ")
     text.append(f"{backbone['num_tokens']} tokens, {backbone['depth']} blocks\n")
-    attn = _said(config["attn"], ("layers", "landmarks", "solver"))
+    settings = config["attn"]
+    if record.get("budget"):  # what the setting says was not used
+        settings = {key: value for key, value in settings.items() if key != "num_landmarks"}
+    attn = _said(settings, ("layers", "landmarks", "solver"))
     text.append(f"attn      {record['attn']['name']} in blocks {_range(record['attn']['layers'])}")
     text.append(f" ({attn})\n" if attn else "\n")
     mask = record["mask"]
