@@ -103,11 +103,9 @@ def plan(
     layers: Any = settings.pop("layers", None)
     budget: Any = settings.pop("budget", None)
     layers = OmegaConf.to_object(layers) if OmegaConf.is_config(layers) else layers
-    if layers == "auto" and budget is None:
-        raise ValueError("attn.layers=auto needs a budget of error, such as attn.budget=0.01.")
     if layers != "auto" and budget is not None:
         raise ValueError(
-            f"attn.budget={budget} chooses blocks and landmarks: set attn.layers=auto."
+            f"attn.budget={budget} chooses the blocks: it goes with attn.layers=auto."
         )
     attn, mask = build(settings), build(cfg.mask)
     anatomy, depth = backbone.anatomy, backbone.depth
@@ -131,6 +129,8 @@ def plan(
         with _calibrating(cfg, backbone, data, attn.calibration_pictures) as pictures:
             attn = attn.calibrate(lambda: backbone(pictures), backbone.blocks)
     if layers == "auto":
+        if budget is None:
+            raise ValueError("attn.layers=auto needs a budget of error, such as attn.budget=0.01.")
         with _calibrating(cfg, backbone, data, cfg.calibration) as pictures:
             log.info("attn.budget=%s: choosing on %d pictures", budget, len(pictures))
             solved = solve_budget(

@@ -227,8 +227,8 @@ class _Bench:
             right = (exact.transpose(1, 2).flatten(2) @ weight.mT).flatten(1).norm(dim=1)
             row = table.errors[at.layer] = {}
             for num in candidates:
-                if num > tokens:
-                    continue
+                if not at.num_prefix_tokens < num <= tokens:
+                    continue  # a variant may want every prefix token to stand for itself
                 twin = self.variant.with_landmarks(num)
                 shape = {"heads": heads, "head_dim": dim, "channels": at.x.shape[-1]}
                 table.costs[num] = twin.flops(tokens, **shape, layers=1)

@@ -146,7 +146,7 @@ def _said(config: Mapping[str, Any], parts: Sequence[str]) -> str:
     for key, value in config.items():
         if key.startswith("_") or key == "layers":
             continue
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and "_target_" in value:
             said.append(f"{key} {_name(value)}")
         else:
             said.append(f"{key}={value}".replace("True", "true").replace("False", "false"))
@@ -161,7 +161,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             if "_target_" in value:
                 flat[prefix + key] = _name(value)
             flat |= flatten(value, f"{prefix}{key}.")
-        elif not key.startswith("_"):
+        elif not str(key).startswith("_"):
             flat[prefix + key] = str(value)
     return flat
 
