@@ -23,6 +23,7 @@ from fna_lab.backbone.budget import solve_budget
 from fna_lab.backbone.patch import Patch, patch
 from fna_lab.build import build
 from fna_lab.data.base import PictureData
+from fna_lab.report import figures
 from fna_lab.report import record as records
 from fna_lab.task.base import Task
 
@@ -77,9 +78,12 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             "errors": task.errors,
             "fallbacks": task.fallbacks,
             "cost": task.costs,
+            **task.extra,
             "seconds": round(time.time() - begin, 1),
         }
-        records.write(record, task.rows, folder)
+        records.write(record, task.rows, folder, task.arrays)
+        if task.figures:
+            figures.draw(folder)
         return record
     finally:
         exact.remove()

@@ -25,7 +25,7 @@ from fna_lab.attn.solver.pinv import PinvSolver
 from fna_lab.attn.solver.ridge import RidgeSolver
 from fna_lab.attn.tome import TomeAttention
 from fna_lab.backbone.named import named_attention
-from fna_lab.metric.attention_error import AttentionError, attention_facts, token_classes
+from fna_lab.metric.attention_error import AttentionError, attention_facts, classes_of
 from fna_lab.report import table
 
 # Constructed: random tokens, 2 prefix tokens and a 4 x 5 grid.
@@ -95,7 +95,7 @@ def test_errors_are_norms_and_cosines_over_a_class() -> None:
     cosine = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
     torch.testing.assert_close(ops.output_cosine(a, b), cosine)
     wanted = torch.stack([cosine[i, :, chosen[i]].mean(1) for i in range(2)])
-    torch.testing.assert_close(ops.class_mean(cosine, chosen)[:2], wanted)
+    torch.testing.assert_close(ops.mean_of_tokens(cosine, chosen)[:2], wanted)
 
 
 def test_condition_and_residuals_of_known_matrices() -> None:
@@ -165,11 +165,11 @@ def test_facts_of_a_picture_do_not_depend_on_its_mates(stage: str) -> None:
 def test_token_classes() -> None:
     massive = torch.zeros(B, N, dtype=torch.bool)
     _, context = tokens(classes={"massive": massive})
-    found = token_classes(context, num_extra=3)
+    found = classes_of(context, num_extra=3)
     assert {name: int(t.sum()) // B for name, t in found.items()} == {
         "all": 22, "patch": 17, "cls": 1, "register": 4, "massive": 0,
     }  # fmt: skip
-    assert set(token_classes(tokens(has_cls=False, num_prefix_tokens=0)[1])) == {"all", "patch"}
+    assert set(classes_of(tokens(has_cls=False, num_prefix_tokens=0)[1])) == {"all", "patch"}
 
 
 def test_the_meter_is_a_mean_over_pictures_and_changes_nothing() -> None:

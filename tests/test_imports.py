@@ -20,11 +20,14 @@ MAY = {
     "backbone": ("ops", "attn", "mask"),
     "data": (),
     "metric": ("ops", "attn.base", "attn.stopwatch"),
-    "task": ("metric", "attn.base", "backbone.base", "backbone.patch"),
+    "finding": ("ops", "attn.base", "mask", "backbone.base", "backbone.patch"),
+    "task": ("metric", "finding.base", "attn.base", "backbone.base", "backbone.neurons",
+             "backbone.patch", "mask.detector.base"),
     "report": (),
     "build": (),
     "help": (),
-    "run": ("build", "report", "attn.layers", "backbone.base", "backbone.patch", "data.base",
+    "run": ("build", "report", "attn.layers", "backbone.base",
+            "backbone.budget", "backbone.patch", "data.base",
             "task.base"),
     "cli": ("help", "run", "report"),
     "__main__": ("cli",),
@@ -89,7 +92,7 @@ GROUPS = ("attn", "attn/landmarks", "attn/solver", "mask", "mask/detector", "tas
 @pytest.mark.parametrize("group", GROUPS)
 def test_no_variant_imports_another_of_its_group(group: str) -> None:
     folder = PACKAGE / group
-    shared = {"base", "guard", "layers", "stopwatch", "__init__"}
+    shared = {"base", "classes", "guard", "layers", "stopwatch", "__init__"}
     variants = {p.stem for p in folder.glob("*.py")} - shared
     for name in variants:
         for module in imports(folder / f"{name}.py"):

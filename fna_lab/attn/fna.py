@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,12 +23,14 @@ class FastNystromAttention(LandmarkAttention):
     out = softmax(s Q Kp') Z(A) softmax(s Qp K') V with A = softmax(s Qp Kp').
 
     Args:
-        num_landmarks: landmarks m of each picture, CLS included; one number, or one a block.
+        num_landmarks: landmarks m of each picture, guaranteed ones included; one number, or one a
+            block.
         landmarks: the sampler; None = half a grid, half farthest points.
         solver: what stands for the inverse of A; None = ridge.
         source: what is sampled; see `LandmarkAttention`.
-        renew: take landmarks anew every so many layers, 0 = never.
-        keep_cls: make CLS the first landmark.
+        renew: take landmarks anew at `every` layer, every so many, or `never`.
+        guarantee: token classes that are landmarks; see `LandmarkAttention`.
+        exclude: token classes that are never landmarks.
         exact_cls: give CLS its exact output, which the chain knows where CLS is a landmark.
         guard: largest residual that is believed before ridge and then exact attention are taken,
             see `Guard`; None = nobody looks.
@@ -40,8 +43,9 @@ class FastNystromAttention(LandmarkAttention):
         landmarks: LandmarkSampler | None = None,
         solver: Solver | None = None,
         source: str = "normed",
-        renew: int = 1,
-        keep_cls: bool = True,
+        renew: int | str = 1,
+        guarantee: Sequence[str] = ("cls",),
+        exclude: Sequence[str] = (),
         exact_cls: bool = True,
         guard: float | None = None,
     ) -> None:
@@ -50,7 +54,8 @@ class FastNystromAttention(LandmarkAttention):
             num_landmarks=num_landmarks,
             source=source,
             renew=renew,
-            keep_cls=keep_cls,
+            guarantee=guarantee,
+            exclude=exclude,
         )
         self.solver = solver or RidgeSolver()
         self.exact_cls = exact_cls
@@ -68,8 +73,8 @@ class FastNystromAttention(LandmarkAttention):
     ) -> Tensor:
         """See `ops.nystrom_attention`."""
         more: dict[str, Any] = {"scale": context.scale, "solver": self.solver}
-        more |= {"keys": keys, "bias": bias}
-        more["exact_rows"] = int(self.exact_cls and self.keep_cls and context.has_cls)
+        more |= {"keys": keys, "bias": bias, "distinct": not self.may_repeat}
+        more["exact_rows"] = int(self.exact_cls and "cls" in self.guarantee and context.has_cls)
         landmarks = self.choose(q, k, keys, context)
         if self.guard is None:
             return ops.nystrom_attention(q, k, v, landmarks, **more)

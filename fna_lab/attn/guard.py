@@ -56,6 +56,7 @@ class Guard:
         solver: Solver,
         keys: Tensor | None = None,
         bias: Tensor | None = None,
+        distinct: bool = True,
         exact_rows: int = 0,
     ) -> Tensor:
         """`ops.nystrom_attention`, with what is worthless replaced: `[b h n d]` x3 -> `[b h n d]`.
@@ -64,12 +65,13 @@ class Guard:
             q: queries `[b h n d]`.
             k: keys `[b h n d]`.
             v: values `[b h n d]`.
-            landmarks: token indices, long `[b m]`.
+            landmarks: token indices, long `[b m]`, or `[b h m]` where heads differ.
             layer: under which the counts go.
             scale: factor of the logits.
             solver: the chosen one.
             keys: bool `[b n]`, True = may be attended to; None = all.
             bias: added to the logits, broadcastable to `[b h n n]`; None = nothing.
+            distinct: False where landmarks may repeat though `keys` is None.
             exact_rows: give so many of the first landmarks their exact outputs.
         """
         batch, heads = q.shape[:2]
@@ -91,6 +93,7 @@ class Guard:
                 solver=watched,
                 keys=parts.keys,
                 bias=parts.bias,
+                distinct=distinct,
                 exact_rows=exact_rows,
             )
             step = max(1, out.shape[2] // self.probes)
@@ -145,7 +148,9 @@ class _Heads:
         q, k, v = (x[which][:, None] for x in (self.q, self.k, self.v))
         keys = None if self.keys is None else self.keys[picture]
         bias = None if self.bias is None else self.bias[which][:, None]
-        return _Heads(q, k, v, self.landmarks[picture], keys, bias)
+        landmarks = self.landmarks
+        marks = landmarks[picture] if landmarks.ndim == 2 else landmarks[which][:, None]
+        return _Heads(q, k, v, marks, keys, bias)
 
     def exact(self, scale: float, rows: slice = slice(None)) -> Tensor:
         """Exact attention of some queries: `[b h rows d]`."""

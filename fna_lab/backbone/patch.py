@@ -7,14 +7,18 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fna_lab import ops
 from fna_lab.attn.base import AttentionVariant, Context, Removal
 from fna_lab.attn.layers import parse_layers
 from fna_lab.attn.stopwatch import Stopwatch
 from fna_lab.backbone.blocks import find_blocks, find_patch_embedding, says_cls, says_prefix
 from fna_lab.backbone.named import resolve
+from fna_lab.backbone.neurons import NeuronTap
+from fna_lab.backbone.parts import out_projection
 from fna_lab.backbone.seam import (
     AttentionSeam,
     Changed,
@@ -27,7 +31,7 @@ from fna_lab.backbone.seam import (
 from fna_lab.backbone.search import Again, Finder, Found, Pass, Search, plan_searches
 from fna_lab.mask.base import Mask
 
-Observer = Callable[[Tensor, Tensor, Context], None]
+Observer = Callable[[Tensor, Tensor, Tensor, Context], None]
 Meter = Callable[[AttentionVariant, Tensor, Tensor, Tensor, Context], Tensor]
 
 # CLIP ViT-L/14, 24 blocks: detection, masks and FNA from block 13 on; others in proportion.
@@ -85,7 +89,12 @@ def patch(
     masked: tuple[int, ...] = ()
     if strategy.pattern is not None:
         attention.check(strategy.pattern)
-    if strategy.looks:
+    if strategy.reweighs and not attention.reweighs:
+        raise NotImplementedError(
+            f"attn={attention.name} cannot honour mask={strategy.name}, which changes attention "
+            "weights; use attn=exact."
+        )
+    if strategy.acts:
         wanted = strategy.layers if mask_layers is None else mask_layers
         masked = parse_layers(default if wanted is None else wanted, depth, setting="mask.layers")
     searches = plan_searches(
@@ -106,7 +115,7 @@ class Patch:
         mask_layers: blocks whose attention is masked.
         searches: how tokens are looked for: those of the mask, and the variant's token classes.
         stopwatch: notes the time of attention and selection, None where nobody measures.
-        observer: is shown queries, keys and context before each attention, None = nobody looks.
+        observer: is shown q, k, v and context before each attention, None = nobody looks.
         meter: stands in for the attention of the replaced blocks and is given the variant, None =
             the variant itself attends.
         enabled: False while the model runs as it came.
@@ -141,6 +150,7 @@ class Patch:
         self._finder = Finder(blocks, self._seam, self._prefix, self._has_cls)
         self._pass = Pass()
         self._input: Tensor | None = None
+        self._correction: Tensor | None = None
         self._hooks: list[RemovableHandle] = []
         self._install()
 
@@ -165,6 +175,12 @@ class Patch:
         """The round in which each token of T was found, 0 = none, long `[b n]`."""
         found = self._pass.found.get("mask")
         return None if found is None else found.ranks
+
+    @property
+    def strengths(self) -> Tensor | None:
+        """Of an iterative schedule, how far each token of T stood out when it was found."""
+        found = self._pass.found.get("mask")
+        return None if found is None else found.scores
 
     @property
     def classes(self) -> dict[str, Tensor]:
@@ -193,9 +209,8 @@ class Patch:
 
     def remove(self) -> None:
         """Give the model back exactly as it came; a second call does nothing."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        while self._hooks:
+            self._hooks.pop().remove()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -238,10 +253,17 @@ class Patch:
     def _install(self) -> None:
         for search in self.searches:
             search.prepared = search.detector.prepare(self.blocks, search.detect)
+            search.neurons = NeuronTap(self.blocks, search.detector.neurons)
+            self._hooks += search.neurons.handles
         embedding = find_patch_embedding(self.model, self._path)
         if embedding is not None:
             self._hooks.append(embedding.register_forward_hook(self._begin))
         self._hooks += self.attn.hooks(self.blocks, self.attn_layers)
+        if self.mask.corrects:
+            for layer in self.mask_layers:
+                projection = out_projection(self.blocks[layer])
+                correct = lambda module, args, out: self._correct(out)  # noqa: E731, ARG005
+                self._hooks.append(projection.register_forward_hook(correct))
         for layer in sorted(self._touched):
             block = self.blocks[layer]
             enter = EnterSeam(self._seam(layer), partial(self._before, layer), self)
@@ -251,7 +273,15 @@ class Patch:
 
     def _seam(self, layer: int, again: Again | None = None) -> AttentionSeam:
         attend = partial(self._attend, layer, again=again)
-        return AttentionSeam(attend, f"{self._path}.{layer}")
+        after = self._correct if self.mask.corrects else None
+        return AttentionSeam(attend, f"{self._path}.{layer}", after)
+
+    def _correct(self, out: Tensor) -> Tensor:
+        """The projected output of attention, `[b n c]` or tokens first, with what a mask adds."""
+        more, self._correction = self._correction, None
+        if more is None:
+            return out
+        return out + (more if out.shape == more.shape else more.transpose(0, 1))
 
     def _begin(self, module: nn.Module, args: Any, output: Tensor) -> None:  # noqa: ARG002
         rows, columns = output.shape[-2:]
@@ -326,8 +356,10 @@ class Patch:
             stopwatch=self.stopwatch if again is None else None,
             classes={c: self._class(c) for c in variant.token_classes},
         )
+        if again is None and layer in self.mask_layers:
+            self._adjust(context, q, k, v)
         if self.observer is not None and again is None:
-            self.observer(q, k, context)
+            self.observer(q, k, v, context)
         if self.meter is not None and again is None and variant is self.attn:
             return self.meter(variant, q, k, v, context)
         if context.stopwatch is None:
@@ -336,6 +368,22 @@ class Patch:
         out = variant(q, k, v, context)
         context.stopwatch.note("attention", begin)
         return out
+
+    def _adjust(self, context: Context, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Let a strategy that changes weights or output have its way."""
+        if not (self.mask.reweighs or self.mask.corrects):
+            return
+        tokens = q.new_zeros((q.shape[0], q.shape[2]), dtype=torch.bool)
+        if self.mask.looks:
+            tokens = self._known("mask", context.layer).tokens
+        if self.mask.reweighs:
+            prefix = context.num_prefix_tokens
+            context.reweigh = partial(self.mask.reweigh, tokens=tokens, num_prefix_tokens=prefix)
+        if self.mask.corrects:
+            weights = ops.attention_pattern(q, k, scale=context.scale, bias=context.attn_mask)
+            projection = out_projection(self.blocks[context.layer])
+            args = (context.x, v, projection.weight, tokens)
+            self._correction = self.mask.correct(weights, *args).to(v.dtype)
 
     def _removal(self, layer: int) -> Removal | None:
         if layer not in self.mask_layers or self.mask.pattern is None:

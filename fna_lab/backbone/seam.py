@@ -48,12 +48,17 @@ class AttentionSeam(TorchFunctionMode):
     Args:
         attend: called with q, k, v `[b h n d]` and the keywords `attn_mask` and `scale`.
         where: the block's name, for messages.
+        after: changes what `nn.MultiheadAttention` projects, `[n b c]`; None = nothing does. The
+            projection of other hosts is a module, and takes a hook.
     """
 
-    def __init__(self, attend: Attend, where: str) -> None:
+    def __init__(
+        self, attend: Attend, where: str, after: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.attend = attend
         self.where = where
+        self.after = after
         self.calls = 0
 
     def __torch_function__(
@@ -68,7 +73,8 @@ class AttentionSeam(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self._replace(*args, **kwargs)
         if func is F.multi_head_attention_forward:
-            return _multi_head(self._replace, self.where, *args, **kwargs)
+            out, none = _multi_head(self._replace, self.where, *args, **kwargs)
+            return out if self.after is None else self.after(out), none
         return func(*args, **kwargs)
 
     def _replace(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from fna_lab import ops
 from fna_lab.attn.base import AttentionVariant, Removal
 from fna_lab.attn.layers import parse_layers
+from fna_lab.backbone.neurons import NeuronTap
 from fna_lab.backbone.seam import AttentionSeam, Call, Probed, hidden, with_hidden
 from fna_lab.mask.base import Mask
 from fna_lab.mask.detector.base import Detector, Evidence
@@ -36,6 +38,7 @@ class Search:
         stage: before or after softmax.
         early: whether the set must be known before the detection block runs.
         prepared: what the detector's `prepare` returned.
+        neurons: reads the neurons that the detector lists.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Search:
     stage: str = "mask"
     early: bool = False
     prepared: Any = None
+    neurons: NeuronTap | None = None
 
     @property
     def iterative(self) -> bool:
@@ -83,12 +87,18 @@ class Found:
     Attributes:
         tokens: the set, bool `[b n]`.
         ranks: the round in which each token was found, from 1; 0 = not found; long `[b n]`.
+        scores: of an iterative search, how far each token stood out when it was found, else 0.
         rows: `ops.token_rows(tokens)`, once somebody asks for it.
     """
 
     tokens: Tensor
     ranks: Tensor
+    scores: Tensor
     rows: tuple[Tensor, Tensor] | None = None
+
+    def of(self, pictures: Tensor) -> Found:
+        """The same of some pictures of the batch, long `[p]`."""
+        return Found(self.tokens[pictures], self.ranks[pictures], self.scores[pictures])
 
 
 @dataclass
@@ -171,15 +181,23 @@ class Finder:
             ValueError: nothing would be left to attend to.
         """
         shown = self._evidence(search, state, x, None, call)
-        new = _strongest(search, shown, search.detector(shown))
-        found = Found(new, new.long())
+        new, scores = _strongest(search, shown, search.detector(shown))
+        found = Found(new, new.long(), scores)
         for number in range(2, search.rounds + 1):
-            if not bool(new.any()):
+            still = new.any(1).nonzero()[:, 0]  # pictures that may find more
+            if len(still) == 0:
                 break
-            again = self._rerun(search, state, dict.fromkeys(search.reruns, search.removal(found)))
-            shown = self._evidence(search, state, again, found)
-            new = _strongest(search, shown, search.detector(shown) & ~found.tokens)
-            found = Found(found.tokens | new, found.ranks + number * new)
+            part = found.of(still)
+            removals = dict.fromkeys(search.reruns, search.removal(part))
+            again = self._rerun(search, state, removals, only=still)
+            shown = self._evidence(search, state, again, part, only=still)
+            more, scores = _strongest(search, shown, search.detector(shown) & ~part.tokens)
+            new = torch.zeros_like(new).index_copy(0, still, more)
+            found = Found(
+                found.tokens | new,
+                found.ranks + number * new,
+                found.scores.index_add(0, still, scores),
+            )
         state.found[search.name] = found
         if search.name == "mask":
             self._check(search, found.tokens)
@@ -198,10 +216,11 @@ class Finder:
         x: Tensor,
         found: Found | None,
         call: Call | None = None,
+        only: Tensor | None = None,
     ) -> Evidence:
         if call is None and not search.reads_hidden:
             try:
-                self._run(search.detect, state, Again(x, probe=True))
+                self._run(search.detect, state, Again(x, probe=True), only)
             except Probed as seen:
                 call = seen.call
         q, k, attn_mask, scale = call or (None, None, None, 1.0)
@@ -217,28 +236,42 @@ class Finder:
             bias=_as_bias(attn_mask, x.dtype),
             found=None if found is None else found.tokens,
             stage=search.stage,
+            neurons=None if search.neurons is None else search.neurons.read(),
             prepared=search.prepared,
         )
 
     def _rerun(
-        self, search: Search, state: Pass, removals: dict[int, Removal], *, stay: bool = False
+        self,
+        search: Search,
+        state: Pass,
+        removals: dict[int, Removal],
+        *,
+        only: Tensor | None = None,
+        stay: bool = False,
     ) -> Tensor:
         """Run the blocks before detection again; returns the input of the detection block.
 
-        Later blocks see what these leave for them if they are to `stay`.
+        `only` names pictures of the batch. Later blocks see what these leave for them if they are
+        to `stay`.
         """
         here = state.nth, state.shared
+        state.nth, shared = state.restarts[search.restart]
         x = hidden(*state.calls[search.restart], "")
-        state.nth, state.shared = state.restarts[search.restart]
-        state.shared = dict(state.shared)
+        state.shared = {key: _of(value, only) for key, value in shared.items()}
+        x = _of(x, only)
         for layer in range(search.restart, search.detect):
-            x = self._run(layer, state, Again(x, removals.get(layer)))
+            x = self._run(layer, state, Again(x, removals.get(layer)), only)
         if not stay:
             state.nth, state.shared = here
         return x
 
-    def _run(self, layer: int, state: Pass, again: Again) -> Tensor:
-        args, kwargs = with_hidden(*state.calls[layer], again.x)
+    def _run(self, layer: int, state: Pass, again: Again, only: Tensor | None) -> Tensor:
+        args, kwargs = state.calls[layer]
+        batch = hidden(args, kwargs, "").shape[0]
+        if only is not None:
+            # Of the other arguments, masks alone know the pictures: [b h|1 n|1 n].
+            args, kwargs = tree_map(lambda part: _of_mask(part, only, batch), (args, kwargs))
+        args, kwargs = with_hidden(args, kwargs, again.x)
         with self.seam(layer, again):  # forward, not the call: hooks belong to the main pass
             out = self.blocks[layer].forward(*args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
@@ -317,14 +350,26 @@ def plan_searches(
     return searches
 
 
-def _strongest(search: Search, shown: Evidence, new: Tensor) -> Tensor:
-    """The new tokens that a round may add."""
-    if not search.iterative or search.per_round is None:
-        return new
-    # Stable: of equal scores the token with the lower index comes first.
-    scores = search.detector.scores(shown).masked_fill(~new, -torch.inf)
-    order = scores.sort(dim=1, descending=True, stable=True).indices[:, : search.per_round]
-    return new & torch.zeros_like(new).scatter(1, order, True)
+def _strongest(search: Search, shown: Evidence, new: Tensor) -> tuple[Tensor, Tensor]:
+    """The new tokens that a round may add, and how far they stand out."""
+    if not search.iterative:
+        return new, torch.zeros_like(new, dtype=torch.float32)
+    scores = search.detector.scores(shown).float()
+    if search.per_round is not None:
+        # Stable: of equal scores the token with the lower index comes first.
+        ranked = scores.masked_fill(~new, -torch.inf).sort(dim=1, descending=True, stable=True)
+        best = torch.zeros_like(new).scatter(1, ranked.indices[:, : search.per_round], True)
+        new = new & best
+    return new, scores.masked_fill(~new, 0)
+
+
+def _of(x: Tensor, pictures: Tensor | None) -> Tensor:
+    return x if pictures is None else x[pictures]
+
+
+def _of_mask(part: Any, pictures: Tensor, batch: int) -> Any:
+    is_mask = isinstance(part, Tensor) and part.ndim == 4 and part.shape[0] == batch
+    return part[pictures] if is_mask else part
 
 
 def _as_bias(attn_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

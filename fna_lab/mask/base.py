@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fna_lab import ops
@@ -29,8 +30,9 @@ class Mask:
 
     Attributes:
         pattern: a name of `ops.PATTERNS`; None where no attention is masked.
-        looks: whether tokens are looked for at all.
-        rewrites: whether tokens are changed instead, see `rewrite`.
+        rewrites: whether tokens are changed, see `rewrite`.
+        reweighs: whether weights are changed, see `reweigh`.
+        corrects: whether the attention's output is changed, see `correct`.
 
     Raises:
         ValueError: a setting is out of range.
@@ -38,6 +40,8 @@ class Mask:
 
     pattern: str | None = None
     rewrites = False
+    reweighs = False
+    corrects = False
 
     def __init__(
         self,
@@ -72,7 +76,12 @@ class Mask:
     @property
     def looks(self) -> bool:
         """Whether tokens are looked for at all."""
-        return self.pattern is not None or self.rewrites
+        return self.acts
+
+    @property
+    def acts(self) -> bool:
+        """Whether anything is done at all."""
+        return self.pattern is not None or self.rewrites or self.reweighs or self.corrects
 
     @property
     def rounds(self) -> int:
@@ -94,3 +103,26 @@ class Mask:
     ) -> Tensor:
         """New hidden states `[b n c]` for the first masked block, given T bool `[b n]`."""
         return x
+
+    def reweigh(self, weights: Tensor, tokens: Tensor, *, num_prefix_tokens: int) -> Tensor:  # noqa: ARG002
+        """New attention weights `[b h n n]` of a masked block, given T bool `[b n]`."""
+        return weights
+
+    def correct(
+        self,
+        weights: Tensor,  # noqa: ARG002
+        x: Tensor,
+        v: Tensor,  # noqa: ARG002
+        out_weight: Tensor,  # noqa: ARG002
+        tokens: Tensor,  # noqa: ARG002
+    ) -> Tensor:
+        """What is added to the attention's output of a masked block, `[b n c]`.
+
+        Args:
+            weights: exact attention `[b h n n]`.
+            x: the block's input `[b n c]`.
+            v: values `[b h n d]`.
+            out_weight: weight of the output projection `[c h*d]`.
+            tokens: T, bool `[b n]`.
+        """
+        return torch.zeros_like(x)

@@ -122,9 +122,9 @@ def attention_facts(
     rows["row_sum_gap"] = (rows["row_sum"] - exact_sum).abs()
     rows["cosine"] = ops.output_cosine(out, wanted)
     facts = {}
-    for name, tokens in token_classes(context, attn.num_extra_tokens).items():
+    for name, tokens in classes_of(context, attn.num_extra_tokens).items():
         facts[f"relative_error/{name}"] = ops.relative_error(out, wanted, tokens)
-        facts |= {f"{fact}/{name}": ops.class_mean(row, tokens) for fact, row in rows.items()}
+        facts |= {f"{fact}/{name}": ops.mean_of_tokens(row, tokens) for fact, row in rows.items()}
     if kernel is not None:
         matrix, values, solution, solve = kernel
         facts["log10_condition"] = ops.condition_number(matrix).log10()
@@ -133,7 +133,7 @@ def attention_facts(
     return facts
 
 
-def token_classes(context: Context, num_extra: int = 0) -> dict[str, Tensor]:
+def classes_of(context: Context, num_extra: int = 0) -> dict[str, Tensor]:
     """The tokens of each class that this block has, bool `[b n]`.
 
     `register` are the host's own and those that a variant appends; `massive` and `artifact` are

@@ -20,7 +20,7 @@ SINGULAR = 1e16
 Solve = Callable[[Tensor, Tensor], Tensor]
 
 
-def class_mean(values: Tensor, tokens: Tensor) -> Tensor:
+def mean_of_tokens(values: Tensor, tokens: Tensor) -> Tensor:
     """Mean over the tokens of a class.
 
     Args:
@@ -61,7 +61,7 @@ def relative_error(approximate: Tensor, exact: Tensor, tokens: Tensor | None = N
     if tokens is None:
         wrong, right = wrong.sum(-1), right.sum(-1)
     else:
-        wrong, right = class_mean(wrong, tokens), class_mean(right, tokens)
+        wrong, right = mean_of_tokens(wrong, tokens), mean_of_tokens(right, tokens)
     return torch.where(wrong == 0, wrong, (wrong / right).sqrt())
 
 

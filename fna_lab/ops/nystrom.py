@@ -27,6 +27,7 @@ def nystrom_attention(
     ridge: float = 1e-3,
     keys: Tensor | None = None,
     bias: Tensor | None = None,
+    distinct: bool = True,
     exact_rows: int = 0,
 ) -> Tensor:
     """Attention that is linear in n: softmax(s Q Kp') Z(A) softmax(s Qp K') V.
@@ -46,6 +47,8 @@ def nystrom_attention(
         ridge: regularisation of `ridge`.
         keys: bool `[b n]`, True = may be attended to; None = all. Landmarks must be such keys.
         bias: added to the logits, broadcastable to `[b h n n]`; None = nothing.
+        distinct: False where landmarks may repeat; a repeat then does not weigh twice. With `keys`
+            they always may.
         exact_rows: give so many of the first landmarks their exact outputs, softmax(s Qp K') V,
             which the chain has taken on its way anyhow.
 
@@ -79,6 +82,7 @@ def nystrom_attention(
     repeated = None
     if keys is not None:
         rows = _only(keys, rows)
+    if keys is not None or not distinct:
         # Fewer kept keys than landmarks: the repeats must neither weigh twice nor make A singular.
         repeated = _repeated(landmarks)
         columns = _only(~repeated, columns)
