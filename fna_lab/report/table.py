@@ -163,7 +163,7 @@ def _said(config: Mapping[str, Any], parts: Sequence[str]) -> str:
     """A variant's settings in one line; parts by the names of their files."""
     said = []
     for key, value in config.items():
-        if key.startswith("_") or key == "layers":
+        if key.startswith("_") or key == "layers" or value is None:
             continue
         if isinstance(value, Mapping) and "_target_" in value:
             said.append(f"{key} {_name(value)}")
