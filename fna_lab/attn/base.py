@@ -13,8 +13,9 @@ from torch.utils.hooks import RemovableHandle as Handle
 
 from fna_lab import ops
 from fna_lab.attn.classes import DETECTED, prefix_tokens, read_classes, token_set
+from fna_lab.attn.guard import Guard
 from fna_lab.attn.landmarks.base import LandmarkSampler
-from fna_lab.attn.layers import read_renewal
+from fna_lab.attn.layers import BlockCounts, Counts, read_renewal
 from fna_lab.attn.stopwatch import Stopwatch
 
 SOURCES = ("input", "normed", "q", "k", "qk")
@@ -88,6 +89,7 @@ class AttentionVariant(ABC):
         min_tokens: the fewest tokens that it can work on.
         token_classes: classes (`massive`, `artifact`) that must be detected for it.
         num_extra_tokens: tokens that its `hooks` append behind the host's own.
+        guard: watches its answers, None = nobody does.
         calibration_pictures: pictures that `calibrate` wants to see; 0 = it is not called.
     """
 
@@ -96,6 +98,7 @@ class AttentionVariant(ABC):
     min_tokens: int = 1
     token_classes: tuple[str, ...] = ()
     num_extra_tokens: int = 0
+    guard: Guard | None = None
     calibration_pictures: int = 0
 
     @abstractmethod
@@ -142,6 +145,13 @@ class AttentionVariant(ABC):
 
         Raises:
             ValueError: naming the setting, its value and the number of tokens.
+        """
+
+    def check_layers(self, layers: Sequence[int]) -> None:  # noqa: ARG002, B027
+        """Refuse, before any data is read, blocks that do not fit settings given block by block.
+
+        Raises:
+            ValueError: naming the setting, its value and the blocks.
         """
 
     def check(self, pattern: str) -> None:
@@ -230,25 +240,24 @@ class KeyMaskedAttention(AttentionVariant):
         return None, attn_mask
 
 
-class ReducedAttention(KeyMaskedAttention):
+class ReducedAttention(BlockCounts, KeyMaskedAttention):
     """Attention through fewer vectors than there are tokens.
 
     Args:
-        num_landmarks: how many.
+        num_landmarks: how many; one number, or one for each block (`{6: 64, 7: 32}`, or a list in
+            the order of the replaced blocks).
 
     Attributes:
         stand_ins: what these vectors are called in messages.
 
     Raises:
-        ValueError: `num_landmarks` is no positive integer.
+        ValueError: `num_landmarks` is no positive integer, nor such numbers block by block.
     """
 
     stand_ins = "landmarks"
 
-    def __init__(self, *, num_landmarks: int) -> None:
-        if not isinstance(num_landmarks, int) or num_landmarks < 1:
-            raise ValueError(f"attn.num_landmarks={num_landmarks!r}: expected an integer >= 1.")
-        self.num_landmarks = self.min_tokens = num_landmarks
+    def __init__(self, *, num_landmarks: Counts) -> None:
+        super().__init__(num_landmarks)
 
     def check_tokens(self, tokens: int) -> None:
         """Refuse more landmarks than tokens."""
@@ -268,7 +277,8 @@ class LandmarkAttention(ReducedAttention):
 
     Args:
         landmarks: the sampler.
-        num_landmarks: landmarks m of each picture, guaranteed ones included.
+        num_landmarks: landmarks m of each picture, guaranteed ones included; see
+            `ReducedAttention`.
         source: what it samples: the block's `input`, that input layer-`normed` (without the
             host's affine part), the head mean of `q` or `k`, or `qk` of all heads side by side.
         renew: take landmarks anew at `every` layer, every so many layers, or `never`.
@@ -283,7 +293,7 @@ class LandmarkAttention(ReducedAttention):
         self,
         *,
         landmarks: LandmarkSampler,
-        num_landmarks: int = 64,
+        num_landmarks: Counts = 64,
         source: str = "normed",
         renew: int | str = 1,
         guarantee: Sequence[str] = ("cls",),
@@ -311,10 +321,14 @@ class LandmarkAttention(ReducedAttention):
 
     def flops(self, tokens: int, *, heads: int, head_dim: int, channels: int, layers: int) -> int:
         """FLOPs of the attention of one picture over so many layers, selection included."""
-        renewals = -(-layers // self.renew) if self.renew else 1
         width = {"q": head_dim, "k": head_dim, "qk": 2 * channels}.get(self.source, channels)
-        selection = self.landmarks.flops(tokens, width, self.num_landmarks)
-        return layers * self.layer_flops(tokens, heads, head_dim) + renewals * selection
+        total = taken = 0
+        for nth, num in enumerate(self.counts(layers)):
+            total += self.with_landmarks(num).layer_flops(tokens, heads, head_dim)
+            if num != taken or self.renew and nth % self.renew == 0:
+                total += self.landmarks.flops(tokens, width, num)
+            taken = num
+        return total
 
     @property
     def may_repeat(self) -> bool:
@@ -329,10 +343,13 @@ class LandmarkAttention(ReducedAttention):
         """
         # Landmarks taken before a mask was known may hold removed tokens: never reuse those.
         slot = "landmarks" if keys is None else "landmarks among kept keys"
-        if slot in context.shared and (self.renew == 0 or context.nth % self.renew):
+        num, known = self.landmarks_at(context.layer, context.nth), context.shared.get(slot)
+        fits = known is not None and known.shape[-1] == num
+        if fits and (self.renew == 0 or context.nth % self.renew):
             return context.shared[slot]
         begin = context.stopwatch.now() if context.stopwatch else 0.0
-        context.shared[slot] = self._sample(q, k, keys, context)
+        sampling = self if num == self.num_landmarks else self.with_landmarks(num)
+        context.shared[slot] = sampling._sample(q, k, keys, context)
         if context.stopwatch:
             context.stopwatch.note("selection", begin)
         return context.shared[slot]

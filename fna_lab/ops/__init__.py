@@ -46,6 +46,16 @@ from fna_lab.ops.detectors import (
     suppression,
 )
 from fna_lab.ops.directions import alignment, defect_direction, linear_map, principal_projection
+from fna_lab.ops.error import (
+    condition_number,
+    inverse_residual,
+    mean_of_tokens,
+    output_cosine,
+    relative_error,
+    solve_residual,
+    weight_facts,
+)
+from fna_lab.ops.knapsack import cheapest_choice
 from fna_lab.ops.merging import bipartite_matching, merge_tokens, unmerge_tokens
 from fna_lab.ops.nystrom import gather_tokens, nystrom_attention, nystrom_chain, subset_attention
 from fna_lab.ops.patterns import (
@@ -101,6 +111,7 @@ __all__ = [
     "bipartite_matching",
     "bootstrap_mean",
     "break_even_tokens",
+    "cheapest_choice",
     "check_pattern",
     "class_max",
     "class_mean",
@@ -110,6 +121,7 @@ __all__ = [
     "cls_proxy",
     "cls_row",
     "cluster_medoids",
+    "condition_number",
     "defect_direction",
     "farthest_points",
     "farthest_points_flops",
@@ -119,11 +131,13 @@ __all__ = [
     "incoming_by_head",
     "incoming_share",
     "incoming_sinks",
+    "inverse_residual",
     "knn_probabilities",
     "leverage_scores",
     "linear_map",
     "masked_attention",
     "matching_places",
+    "mean_of_tokens",
     "merge_tokens",
     "newton_schulz",
     "norm_fixed",
@@ -133,6 +147,7 @@ __all__ = [
     "nystrom_chain",
     "nystrom_flops",
     "orthogonal_features",
+    "output_cosine",
     "ov_alignment",
     "patch_norms",
     "per_head",
@@ -146,6 +161,7 @@ __all__ = [
     "recall_at_k",
     "redistribute",
     "register_neuron_scores",
+    "relative_error",
     "removed_pairs",
     "replace_tokens",
     "restore_own_rows",
@@ -155,6 +171,7 @@ __all__ = [
     "set_agreement",
     "set_counts",
     "sink_rate",
+    "solve_residual",
     "standard_scores",
     "strongest_activation",
     "subset_attention",
@@ -165,4 +182,5 @@ __all__ = [
     "top_activations",
     "top_register_neurons",
     "unmerge_tokens",
+    "weight_facts",
 ]
