@@ -22,6 +22,7 @@ class PublishedFastNystromAttention(FastNystromAttention):
         renew: take landmarks anew at `every` layer, every so many, or `never`.
         guarantee: token classes that are landmarks; see `LandmarkAttention`.
         exclude: token classes that are never landmarks.
+        per_head: every head samples its own landmarks, from its own q or k.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class PublishedFastNystromAttention(FastNystromAttention):
         renew: int | str = 0,
         guarantee: Sequence[str] = ("cls",),
         exclude: Sequence[str] = (),
+        per_head: bool = False,
     ) -> None:
         super().__init__(
             num_landmarks=num_landmarks,
@@ -43,5 +45,6 @@ class PublishedFastNystromAttention(FastNystromAttention):
             renew=renew,
             guarantee=guarantee,
             exclude=exclude,
+            per_head=per_head,
             exact_cls=False,
         )

@@ -22,6 +22,7 @@ class SubsetAttention(LandmarkAttention):
         renew: take landmarks anew at `every` layer, every so many, or `never`.
         guarantee: token classes that are landmarks; see `LandmarkAttention`.
         exclude: token classes that are never landmarks.
+        per_head: every head samples its own landmarks, from its own q or k.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class SubsetAttention(LandmarkAttention):
         renew: int | str = 1,
         guarantee: Sequence[str] = ("cls",),
         exclude: Sequence[str] = (),
+        per_head: bool = False,
     ) -> None:
         super().__init__(
             landmarks=landmarks or GridFarthestPointLandmarks(),
@@ -41,6 +43,7 @@ class SubsetAttention(LandmarkAttention):
             renew=renew,
             guarantee=guarantee,
             exclude=exclude,
+            per_head=per_head,
         )
 
     def attend(

@@ -24,10 +24,12 @@ from fna_lab.ops.attention import attention, attention_pattern
 from fna_lab.ops.bootstrap import bootstrap_mean
 from fna_lab.ops.choices import (
     cluster_medoids,
+    drawn_attention,
     grid_cells,
     leverage_scores,
     put_first,
     segment_centres,
+    spread_queries,
 )
 from fna_lab.ops.cost import (
     attention_flops,
@@ -113,6 +115,7 @@ __all__ = [
     "cls_row",
     "cluster_medoids",
     "defect_direction",
+    "drawn_attention",
     "farthest_points",
     "farthest_points_flops",
     "gather_tokens",
@@ -159,6 +162,7 @@ __all__ = [
     "sink_rate",
     "standard_scores",
     "strongest_activation",
+    "spread_queries",
     "subset_attention",
     "subset_flops",
     "suppression",
