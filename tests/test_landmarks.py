@@ -186,7 +186,7 @@ def test_heads_may_have_landmarks_of_their_own(name):
     from fna_lab.attn.subset import SubsetAttention
 
     generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 2, 4, 41, 8, generator=generator)
+    q, k, v = torch.randn(3, 2, 4, 41, 8, dtype=torch.float64, generator=generator)
     keep = torch.rand(2, 1, 1, 41, generator=generator) < 0.8
     keep[..., 0] = True
     massive = torch.zeros(2, 41, dtype=torch.bool)

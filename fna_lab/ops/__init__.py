@@ -21,6 +21,7 @@ from fna_lab.ops.anatomy import (
     top_activations,
 )
 from fna_lab.ops.attention import attention, attention_pattern
+from fna_lab.ops.blocks import block_low_rank
 from fna_lab.ops.bootstrap import bootstrap_mean
 from fna_lab.ops.choices import (
     cluster_medoids,
@@ -49,8 +50,15 @@ from fna_lab.ops.detectors import (
     suppression,
 )
 from fna_lab.ops.directions import alignment, defect_direction, linear_map, principal_projection
+from fna_lab.ops.explicit import explicit_attention
 from fna_lab.ops.merging import bipartite_matching, merge_tokens, unmerge_tokens
-from fna_lab.ops.nystrom import gather_tokens, nystrom_attention, nystrom_chain, subset_attention
+from fna_lab.ops.nystrom import (
+    gather_tokens,
+    nystrom_attention,
+    nystrom_chain,
+    only_keys,
+    subset_attention,
+)
 from fna_lab.ops.patterns import (
     PATTERNS,
     STAGES,
@@ -104,6 +112,7 @@ __all__ = [
     "average_ranks",
     "bipartite_matching",
     "bootstrap_mean",
+    "block_low_rank",
     "break_even_tokens",
     "check_pattern",
     "class_max",
@@ -116,6 +125,7 @@ __all__ = [
     "cluster_medoids",
     "defect_direction",
     "drawn_attention",
+    "explicit_attention",
     "farthest_points",
     "farthest_points_flops",
     "gather_tokens",
@@ -137,6 +147,7 @@ __all__ = [
     "nystrom_attention",
     "nystrom_chain",
     "nystrom_flops",
+    "only_keys",
     "orthogonal_features",
     "ov_alignment",
     "patch_norms",
