@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fna_lab.report import anatomy_figures, findings, record
+from fna_lab.report import anatomy_figures, finding_figures, record
 
 FOLDER = "figures"
-TASKS = {"anatomy": anatomy_figures.draw, "findings": findings.draw}
+TASKS = {"anatomy": anatomy_figures.draw, "findings": finding_figures.draw}
 
 
 def draw(folder: Path) -> list[Path]:

@@ -10,8 +10,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from fna_lab.report.findings import verdicts
 from fna_lab.report.matrix import matrices
+from fna_lab.report.verdicts import verdicts
 
 COST_ROWS = (
     ("latency", "{}_total_ms", "ms a batch"),

@@ -1,4 +1,4 @@
-"""Verdicts on findings: a table for people, and a figure each."""
+"""The figure of each finding: what its verdict rests on."""
 
 from __future__ import annotations
 
@@ -8,31 +8,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from rich.box import SIMPLE_HEAD
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from fna_lab.report import canvas
 from fna_lab.report.figure import COLOURS, MARKERS
+from fna_lab.report.verdicts import WORDS
 
-WORDS = {True: ("holds", "green"), False: ("does not hold", "red"), None: ("open", "yellow")}
 WAYS = ("ignore", "guarantee", "exclude")
-
-
-def verdicts(record: Mapping[str, Any]) -> Group:
-    """One block of text a finding: the claim, the verdict, its numbers."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("", justify="right")
-    table.add_column("published finding and what is measured here")
-    table.add_column("verdict", no_wrap=True)
-    for found in record["findings"]:
-        word, colour = WORDS[found["holds"]]
-        text = Text(f"{found['claim']}\n", style="bold")
-        text.append(found["says"], style="not bold")
-        table.add_row(str(found["number"]), text, Text(word, style=f"bold {colour}"))
-        table.add_row("", "", "")
-    return Group(table)
 
 
 def draw(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], folder: Path) -> list[Path]:
@@ -63,7 +44,7 @@ def draw(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], folder: Pa
 def _points(axes: Axes, columns: Mapping[str, np.ndarray], plot: Mapping[str, Any]) -> None:
     """A dot a picture, and the mean with its interval (1.96 standard errors)."""
     scatter = np.random.default_rng(0)
-    for i, (name, values) in enumerate(columns.items()):
+    for i, values in enumerate(columns.values()):
         known = values[np.isfinite(values)]
         if len(known) == 0:
             continue
