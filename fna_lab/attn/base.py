@@ -109,12 +109,21 @@ class AttentionVariant(ABC):
         del channels
         return layers * ops.attention_flops(tokens, heads, head_dim)
 
-    def hooks(self, blocks: Sequence[nn.Module], layers: Sequence[int]) -> Iterable[Handle]:  # noqa: ARG002
+    def hooks(
+        self,
+        blocks: Sequence[nn.Module],  # noqa: ARG002
+        layers: Sequence[int],  # noqa: ARG002
+        *,
+        enabled: Callable[[], bool],  # noqa: ARG002
+        prefix: Callable[[Tensor], int],  # noqa: ARG002
+    ) -> Iterable[Handle]:
         """Hooks on the host that the variant needs beside the seam; removed with the patch.
 
         Args:
             blocks: the host's blocks, in order.
             layers: those whose attention is replaced.
+            enabled: whether the patch is switched on; hooks that change anything must ask.
+            prefix: hidden states `[b n c]` of the running pass -> number of prefix tokens.
         """
         return ()
 
