@@ -50,7 +50,8 @@ class Explicit(AttentionVariant):
 def settings(attn):
     """Few landmarks, where a variant has such a setting."""
     module = importlib.import_module(f"fna_lab.attn.{attn}")
-    (cls,) = (c for c in vars(module).values() if getattr(c, "__module__", "") == module.__name__)
+    classes = (c for c in vars(module).values() if inspect.isclass(c))
+    (cls,) = (c for c in classes if c.__module__ == module.__name__)
     few = {"num_landmarks": 6, "num_explicit": 3, "rank": 1, "neurons": [[1, 3], [2, 5]]}
     return {name: few[name] for name in inspect.signature(cls).parameters if name in few}
 
