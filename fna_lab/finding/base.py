@@ -124,6 +124,14 @@ class Lab:
         assert tokens is not None
         return tokens
 
+    def massive_facts(self) -> dict[str, Tensor]:
+        """How many there are, and their mean norm in medians before the mask block, `[b]` each."""
+        chosen = self.of_patches(self.massive())
+        before = self.plain().hidden[max(self.backbone.anatomy.detect - 1, 0)]
+        norms = self.norms(before)
+        norms = norms / norms.median(1, keepdim=True).values
+        return {"massive": chosen.sum(1), "norm": (norms * chosen).sum(1) / chosen.sum(1)}
+
     def oneshot(self, pattern: str, stage: str) -> Trace:
         """Massive tokens taken out at once, from the anatomy's mask block on."""
         kinds = {"type1": Type1Mask, "type2": Type2Mask}

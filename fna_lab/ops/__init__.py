@@ -8,7 +8,6 @@ from fna_lab.ops.agreement import (
     set_counts,
 )
 from fna_lab.ops.anatomy import (
-    CLASSES,
     class_max,
     class_mean,
     class_members,
@@ -97,7 +96,6 @@ from fna_lab.ops.strategies import (
 from fna_lab.ops.token_classes import TOKEN_CLASSES, token_classes
 
 __all__ = [
-    "CLASSES",
     "CORRECTIONS",
     "INCOMING_RULES",
     "PATTERNS",

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab.ops.checks import check_bool, check_choice, check_index, check_qkv, default_scale
+from fna_lab.ops.kernels.switch import chain_products
 from fna_lab.ops.solvers import newton_schulz, ridge_solve
 
 SOLVERS = ("newton_schulz", "ridge", "pinv")
@@ -126,6 +127,10 @@ def nystrom_chain(
 ) -> tuple[Tensor, Tensor]:
     """The three products of Nystroem attention, for landmarks given as vectors.
 
+    On CUDA Triton kernels take the two long ones, see `fna_lab.ops.kernels.switch`; the
+    environment variable `FNA_LAB_TRITON=0` keeps to torch. A and Z(A) are torch's, in at least
+    float32.
+
     Args:
         q: queries `[b h n d]`.
         k: keys `[b h n d]`.
@@ -143,7 +148,8 @@ def nystrom_chain(
     Returns:
         The approximation `[b h n d]`, and the exact rows of the landmark queries `[b h m d]`.
     """
-    exact = F.scaled_dot_product_attention(q_marks, k, v, attn_mask=rows, scale=scale)
+    gather, spread = chain_products(q, k, v, q_marks, k_marks, rows=rows, columns=columns)
+    exact = gather(q_marks, k, v, attn_mask=rows, scale=scale)
     with full_precision(q):
         wide = torch.promote_types(q.dtype, torch.float32)
         logits = scale * (q_marks.to(wide) @ k_marks.to(wide).mT)
@@ -158,8 +164,7 @@ def nystrom_chain(
         # Solvers may return columns side by side, which the fused kernel reads at a third of its
         # speed.
         solved = solve(logits.softmax(-1), gathered).to(v.dtype).contiguous()
-    out = F.scaled_dot_product_attention(q, k_marks, solved, attn_mask=columns, scale=scale)
-    return out, exact
+    return spread(q, k_marks, solved, attn_mask=columns, scale=scale), exact
 
 
 def subset_attention(

@@ -91,7 +91,7 @@ def _heading(record: Mapping[str, Any]) -> Text:
     text.append(f" ({attn})\n" if attn else "\n")
     mask = record["mask"]
     text.append(f"mask      {mask['name']}")
-    if mask["layers"]:
+    if "found" in mask:
         found = mask["found"]
         text.append(f" ({mask['stage']}) in blocks {_range(mask['layers'])}; {mask['detector']} ")
         text.append(f"({mask['threshold']}) at block {mask['detect']} finds ")

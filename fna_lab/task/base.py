@@ -66,7 +66,16 @@ class Task(L.LightningModule):
         self.step(batch)
         self.score("n").update(len(batch["image"]))
         for name, metric in self.scores.items():
-            self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(batch["image"]))  # type: ignore[arg-type]
+            # Lightning looks for the attribute once; a later batch may bring a new metric.
+            where, size = f"scores.{name}", len(batch["image"])
+            self.log(
+                name,
+                metric,  # type: ignore[arg-type]
+                on_step=False,
+                on_epoch=True,
+                batch_size=size,
+                metric_attribute=where,
+            )
         if batch_idx == 0 and self.measure_cost:
             with self.patched.uncounted():
                 self.costs = self._cost(batch["image"])
