@@ -187,9 +187,7 @@ def _load(folder: Path, pretrained: bool) -> tuple[Any, Any]:
         if not pretrained:
             config._attn_implementation = "sdpa"
             return BertModel(config), tokenizer
-        host = BertModel.from_pretrained(
-            folder, attn_implementation="sdpa"
-        )
+        host = BertModel.from_pretrained(folder, attn_implementation="sdpa")
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0][:140]
         raise ValueError(f"backbone.checkpoint={folder} cannot be read: {reason}") from error

@@ -59,10 +59,9 @@ class PlantedBackbone(Backbone):
     - Two heads, and the sinks' heads before block 3, carry what the patches show. CLS collects it;
       the head reads the hue of the picture (12 classes). Masking massive tokens costs nothing.
 
-    These hold by construction. Not constructed, and what falls out, are the round by round course
-    of iterative schedules and what approximate attention makes of all this. An iterative
-    schedule must mask before the softmax (`mask`) to find artifacts: while a massive token is
-    part of the softmax, its mass does not move on.
+    These hold by construction. Not constructed are the round by round course of iterative schedules
+    and what approximate attention makes of all this. An iterative schedule must mask before the
+    softmax to find artifacts: while a massive token is part of it, its mass does not move on.
 
     Args:
         planted: False leaves the massive channel, the artifacts and all that follows out: the

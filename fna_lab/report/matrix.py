@@ -32,7 +32,7 @@ def matrices(metrics: Mapping[str, float]) -> list[Text | Table]:
     found: dict[str, dict[tuple[str, str], float]] = {}
     for name, value in metrics.items():
         parts = name.split("/")
-        if len(parts) == 3 and parts[0] not in ASIDE:
+        if len(parts) == 3 and parts[0] not in ASIDE and not parts[2].isdigit():
             found.setdefault(parts[0], {})[parts[1], parts[2]] = value
     if not found:
         return []

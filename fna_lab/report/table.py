@@ -84,7 +84,8 @@ def _heading(record: Mapping[str, Any]) -> Text:
     text.append(f"{record['task']}", style="bold")
     text.append(f" of {data['count']} pictures of {data['name']}")
     text.append(" (synthetic)\n" if data.get("synthetic") else "\n")
-    text.append(f"backbone  {backbone['name']}: {backbone['img_size']} px, ")
+    constructed = " (constructed)" if backbone.get("constructed") else ""
+    text.append(f"backbone  {backbone['name']}{constructed}: {backbone['img_size']} px, ")
     text.append(f"{backbone['num_tokens']} tokens, {backbone['depth']} blocks\n")
     attn = _said(config["attn"], ("layers", "landmarks", "solver"))
     text.append(f"attn      {record['attn']['name']} in blocks {_range(record['attn']['layers'])}")

@@ -11,10 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from fna_lab import ops
 from fna_lab.backbone.patch import patch
 from fna_lab.metric.alignment import alignment_facts, directions, suppression_facts
-from fna_lab.metric.anatomy import ArrayMean, norm_facts, token_facts
+from fna_lab.metric.anatomy import (
+    ArrayMean,
+    components,
+    members_of,
+    norm_facts,
+    some_of_each,
+    token_facts,
+)
 from fna_lab.metric.intervention import (
     BRANCHES,
     NoAttention,
@@ -146,13 +152,8 @@ class Anatomy(Task):
             restart=min(anatomy.restart, anatomy.detect),
         ) as onlooker:
             self.features(images)
-        classes = ops.token_classes(
-            onlooker.classes["massive"],
-            onlooker.classes["artifact"],
-            prefix=backbone.num_prefix_tokens,
-            has_cls=backbone.has_cls,
-        )
-        return ops.class_members(classes)
+        prefix, has_cls = backbone.num_prefix_tokens, backbone.has_cls
+        return members_of(**onlooker.classes, prefix=prefix, has_cls=has_cls)
 
     def _block(
         self,
@@ -193,7 +194,7 @@ class Anatomy(Task):
             sums = attention_sums(q[:few], k[:few], near, members[:few], seen=seen, v=v[:few])
             facts |= suppression_facts(near.x, v[:few], weight, members[:few], sums)
             if layer == self.backbone.anatomy.detect and "matrix" not in self.maps:
-                tokens = _shown(members[0])
+                tokens = some_of_each(members[0], MATRIX)
                 part = (seen[0, :, tokens] @ v[0, :, tokens].float().mT).sum(0)
                 self.maps |= {"matrix": [part], "matrix_tokens": [tokens]}
         if "pca" in wanted and layer == self.backbone.anatomy.detect:
@@ -290,7 +291,7 @@ class Anatomy(Task):
 
     def _components(self, name: str, x: Tensor) -> Tensor:
         """Keep the first components of patch tokens; the shares that they explain `[b k]`."""
-        scores, shares = ops.principal_components(x, min(3, *x.shape[1:]))
+        scores, shares = components(x)
         self.maps.setdefault(f"pca_{name}", []).append(scores.float())
         return shares
 
@@ -340,18 +341,6 @@ class Anatomy(Task):
             return None
         covered = (batch["segmentation"] > 0).float()[:, None]
         return F.adaptive_avg_pool2d(covered, self.backbone.grid).flatten(1)
-
-
-def _shown(members: Tensor) -> Tensor:
-    """Tokens `[m]` of one picture, class by class: all that stand out, and normal ones evenly."""
-    normal = members[:, -1]
-    special = members.int().argmax(-1).masked_fill(normal, len(ops.TOKEN_CLASSES))
-    order = special.sort(stable=True).indices
-    special, normal = order[: int((~normal).sum())], order[int((~normal).sum()) :]
-    special = special[: MATRIX // 2]
-    count = min(len(normal), MATRIX - len(special))
-    picks = torch.linspace(0, len(normal) - 1, count).round().long()
-    return torch.cat([special, normal[picks.to(normal.device)]])
 
 
 def _stacked(values: dict[str, Tensor]) -> dict[str, Tensor]:
