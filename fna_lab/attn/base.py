@@ -7,18 +7,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle as Handle
 
 from fna_lab import ops
 from fna_lab.attn.classes import DETECTED, prefix_tokens, read_classes, token_set
 from fna_lab.attn.guard import Guard
-from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.attn.landmarks.base import HEAD_SOURCES, SOURCES, LandmarkSampler, sampled_points
 from fna_lab.attn.layers import BlockCounts, Counts, read_renewal
 from fna_lab.attn.stopwatch import Stopwatch
-
-SOURCES = ("input", "normed", "q", "k", "qk")
 
 
 @dataclass(frozen=True)
@@ -115,12 +112,21 @@ class AttentionVariant(ABC):
         del channels
         return layers * ops.attention_flops(tokens, heads, head_dim)
 
-    def hooks(self, blocks: Sequence[nn.Module], layers: Sequence[int]) -> Iterable[Handle]:  # noqa: ARG002
+    def hooks(
+        self,
+        blocks: Sequence[nn.Module],  # noqa: ARG002
+        layers: Sequence[int],  # noqa: ARG002
+        *,
+        enabled: Callable[[], bool],  # noqa: ARG002
+        prefix: Callable[[Tensor], int],  # noqa: ARG002
+    ) -> Iterable[Handle]:
         """Hooks on the host that the variant needs beside the seam; removed with the patch.
 
         Args:
             blocks: the host's blocks, in order.
             layers: those whose attention is replaced.
+            enabled: whether the patch is switched on; hooks that change anything must ask.
+            prefix: hidden states `[b n c]` of the running pass -> number of prefix tokens.
         """
         return ()
 
@@ -284,6 +290,7 @@ class LandmarkAttention(ReducedAttention):
         renew: take landmarks anew at `every` layer, every so many layers, or `never`.
         guarantee: token classes that are landmarks: cls, register, massive, artifact.
         exclude: token classes that are never landmarks.
+        per_head: every head samples its own landmarks, from its own q or k (or both).
 
     Raises:
         ValueError: a setting is out of range, or a class is both guaranteed and excluded.
@@ -298,12 +305,19 @@ class LandmarkAttention(ReducedAttention):
         renew: int | str = 1,
         guarantee: Sequence[str] = ("cls",),
         exclude: Sequence[str] = (),
+        per_head: bool = False,
     ) -> None:
         if source not in SOURCES:
             raise ValueError(f"attn.source={source!r}: expected one of {', '.join(SOURCES)}.")
+        if per_head and source not in HEAD_SOURCES:
+            raise ValueError(
+                f"attn.per_head=true with attn.source={source}: heads differ in their q and k "
+                f"alone; expected attn.source to be one of {', '.join(HEAD_SOURCES)}."
+            )
         super().__init__(num_landmarks=num_landmarks)
         self.landmarks = landmarks
         self.source = source
+        self.per_head = per_head
         self.renew = read_renewal(renew)
         self.guarantee = read_classes("attn.guarantee", guarantee)
         self.exclude = read_classes("attn.exclude", exclude)
@@ -322,11 +336,16 @@ class LandmarkAttention(ReducedAttention):
     def flops(self, tokens: int, *, heads: int, head_dim: int, channels: int, layers: int) -> int:
         """FLOPs of the attention of one picture over so many layers, selection included."""
         width = {"q": head_dim, "k": head_dim, "qk": 2 * channels}.get(self.source, channels)
+        times = heads if self.per_head else 1
+        if self.landmarks.reads == "attention":
+            width = channels // times
+        elif self.per_head and self.source == "qk":
+            width = 2 * head_dim
         total = taken = 0
         for nth, num in enumerate(self.counts(layers)):
             total += self.with_landmarks(num).layer_flops(tokens, heads, head_dim)
             if num != taken or self.renew and nth % self.renew == 0:
-                total += self.landmarks.flops(tokens, width, num)
+                total += times * self.landmarks.flops(tokens, width, num)
             taken = num
         return total
 
@@ -336,7 +355,7 @@ class LandmarkAttention(ReducedAttention):
         return any(c in DETECTED for c in self.exclude)
 
     def choose(self, q: Tensor, k: Tensor, keys: Tensor | None, context: Context) -> Tensor:
-        """Landmark indices, long `[b m]`: new ones, or those of an earlier layer of this pass.
+        """Landmarks, long `[b m]` or per head `[b h m]`: new, or of an earlier layer of this pass.
 
         Raises:
             ValueError: more landmarks than tokens that may be taken.
@@ -367,29 +386,31 @@ class LandmarkAttention(ReducedAttention):
         if self.exclude:
             taboo = token_set(self.exclude, q.shape[0], size, context)
             allowed = ~taboo if keys is None else keys & ~taboo
+        wanted = None
+        if any(c in DETECTED for c in self.guarantee):
+            wanted = token_set(self.guarantee, q.shape[0], size, context)
+            wanted = wanted if allowed is None else wanted & allowed
+        points = sampled_points(
+            self.landmarks, self.source, q, k, context, allowed=allowed, per_head=self.per_head
+        )
+        if self.per_head:  # heads are to a sampler what pictures are
+            allowed, wanted = (
+                None if found is None else found.repeat_interleave(q.shape[1], dim=0)
+                for found in (allowed, wanted)
+            )
         given = prefix_tokens(self.guarantee, context)[: self.num_landmarks]
         first = torch.arange(given.start, given.stop, device=q.device)
         picks = self.landmarks(
-            self._points(q, k, context),
+            points,
             self.num_landmarks,
-            guaranteed=first.expand(q.shape[0], -1),
+            guaranteed=first.expand(points.shape[0], -1),
             allowed=allowed,
             num_prefix_tokens=context.num_prefix_tokens,
             grid=context.grid,
         )
-        if any(c in DETECTED for c in self.guarantee):
-            wanted = token_set(self.guarantee, q.shape[0], size, context)
-            picks = ops.put_first(picks, wanted if allowed is None else wanted & allowed)
-        if allowed is None:
-            return picks
-        # Where too few are left, some samplers take others: the first stands in for those.
-        return torch.where(allowed.gather(1, picks), picks, picks[:, :1])
-
-    def _points(self, q: Tensor, k: Tensor, context: Context) -> Tensor:
-        if self.source == "input":
-            return context.x
-        if self.source == "normed":
-            return F.layer_norm(context.x, context.x.shape[-1:])
-        if self.source == "qk":
-            return torch.cat([q, k], dim=1).transpose(1, 2).flatten(2)
-        return (q if self.source == "q" else k).mean(1)
+        if wanted is not None:
+            picks = ops.put_first(picks, wanted)
+        if allowed is not None:
+            # Where too few are left, some samplers take others: the first stands in for those.
+            picks = torch.where(allowed.gather(1, picks), picks, picks[:, :1])
+        return picks.unflatten(0, q.shape[:2]) if self.per_head else picks

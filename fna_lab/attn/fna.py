@@ -31,6 +31,7 @@ class FastNystromAttention(LandmarkAttention):
         renew: take landmarks anew at `every` layer, every so many, or `never`.
         guarantee: token classes that are landmarks; see `LandmarkAttention`.
         exclude: token classes that are never landmarks.
+        per_head: every head samples its own landmarks, from its own q or k.
         exact_cls: give CLS its exact output, which the chain knows where CLS is a landmark.
         guard: largest residual that is believed before ridge and then exact attention are taken,
             see `Guard`; None = nobody looks.
@@ -46,6 +47,7 @@ class FastNystromAttention(LandmarkAttention):
         renew: int | str = 1,
         guarantee: Sequence[str] = ("cls",),
         exclude: Sequence[str] = (),
+        per_head: bool = False,
         exact_cls: bool = True,
         guard: float | None = None,
     ) -> None:
@@ -56,6 +58,7 @@ class FastNystromAttention(LandmarkAttention):
             renew=renew,
             guarantee=guarantee,
             exclude=exclude,
+            per_head=per_head,
         )
         self.solver = solver or RidgeSolver()
         self.exact_cls = exact_cls

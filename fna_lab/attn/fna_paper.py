@@ -25,6 +25,7 @@ class PublishedFastNystromAttention(FastNystromAttention):
         guarantee: token classes that are landmarks; see `LandmarkAttention`.
         exclude: token classes that are never landmarks.
         guard: largest residual that is believed, see `Guard`; None = nobody looks.
+        per_head: every head samples its own landmarks, from its own q or k.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class PublishedFastNystromAttention(FastNystromAttention):
         guarantee: Sequence[str] = ("cls",),
         exclude: Sequence[str] = (),
         guard: float | None = None,
+        per_head: bool = False,
     ) -> None:
         super().__init__(
             num_landmarks=num_landmarks,
@@ -47,6 +49,7 @@ class PublishedFastNystromAttention(FastNystromAttention):
             renew=renew,
             guarantee=guarantee,
             exclude=exclude,
+            per_head=per_head,
             exact_cls=False,
             guard=guard,
         )

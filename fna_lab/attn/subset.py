@@ -24,6 +24,7 @@ class SubsetAttention(LandmarkAttention):
         renew: take landmarks anew at `every` layer, every so many, or `never`.
         guarantee: token classes that are landmarks; see `LandmarkAttention`.
         exclude: token classes that are never landmarks.
+        per_head: every head samples its own landmarks, from its own q or k.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class SubsetAttention(LandmarkAttention):
         renew: int | str = 1,
         guarantee: Sequence[str] = ("cls",),
         exclude: Sequence[str] = (),
+        per_head: bool = False,
     ) -> None:
         super().__init__(
             landmarks=landmarks or GridFarthestPointLandmarks(),
@@ -43,6 +45,7 @@ class SubsetAttention(LandmarkAttention):
             renew=renew,
             guarantee=guarantee,
             exclude=exclude,
+            per_head=per_head,
         )
 
     def attend(

@@ -258,7 +258,9 @@ class Patch:
         embedding = find_patch_embedding(self.model, self._path)
         if embedding is not None:
             self._hooks.append(embedding.register_forward_hook(self._begin))
-        self._hooks += self.attn.hooks(self.blocks, self.attn_layers)
+        self._hooks += self.attn.hooks(
+            self.blocks, self.attn_layers, enabled=lambda: self.enabled, prefix=self._prefix
+        )
         if self.mask.corrects:
             for layer in self.mask_layers:
                 projection = out_projection(self.blocks[layer])

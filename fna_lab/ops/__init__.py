@@ -20,13 +20,16 @@ from fna_lab.ops.anatomy import (
     top_activations,
 )
 from fna_lab.ops.attention import attention, attention_pattern
+from fna_lab.ops.blocks import block_low_rank
 from fna_lab.ops.bootstrap import bootstrap_mean
 from fna_lab.ops.choices import (
     cluster_medoids,
+    drawn_attention,
     grid_cells,
     leverage_scores,
     put_first,
     segment_centres,
+    spread_queries,
 )
 from fna_lab.ops.cost import (
     attention_flops,
@@ -55,9 +58,16 @@ from fna_lab.ops.error import (
     solve_residual,
     weight_facts,
 )
+from fna_lab.ops.explicit import explicit_attention
 from fna_lab.ops.knapsack import cheapest_choice
 from fna_lab.ops.merging import bipartite_matching, merge_tokens, unmerge_tokens
-from fna_lab.ops.nystrom import gather_tokens, nystrom_attention, nystrom_chain, subset_attention
+from fna_lab.ops.nystrom import (
+    gather_tokens,
+    nystrom_attention,
+    nystrom_chain,
+    only_keys,
+    subset_attention,
+)
 from fna_lab.ops.patterns import (
     PATTERNS,
     STAGES,
@@ -109,6 +119,7 @@ __all__ = [
     "attention_rows",
     "average_ranks",
     "bipartite_matching",
+    "block_low_rank",
     "bootstrap_mean",
     "break_even_tokens",
     "cheapest_choice",
@@ -123,6 +134,8 @@ __all__ = [
     "cluster_medoids",
     "condition_number",
     "defect_direction",
+    "drawn_attention",
+    "explicit_attention",
     "farthest_points",
     "farthest_points_flops",
     "gather_tokens",
@@ -146,6 +159,7 @@ __all__ = [
     "nystrom_attention",
     "nystrom_chain",
     "nystrom_flops",
+    "only_keys",
     "orthogonal_features",
     "output_cosine",
     "ov_alignment",
@@ -172,6 +186,7 @@ __all__ = [
     "set_counts",
     "sink_rate",
     "solve_residual",
+    "spread_queries",
     "standard_scores",
     "strongest_activation",
     "subset_attention",
