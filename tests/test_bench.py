@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from fna_lab import bench
+from fna_lab.bench import attention, packages
+from fna_lab.bench.__main__ import main
+from fna_lab.bench.table import slopes
 
 
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, arguments: str) -> dict:
     common = "--seconds 0.01 --least 1 --landmarks 8 --device cpu".split()
     argv = ["bench", *arguments.split(), *common, "--out", str(out)]
     monkeypatch.setattr(sys, "argv", argv)
-    bench.main()
+    main()
     assert (out / "bench.png").stat().st_size > 5000
     return json.loads((out / "bench.json").read_text())
 
@@ -25,8 +27,8 @@ def test_attention_alone(
 ) -> None:
     found = run(monkeypatch, tmp_path, "--tokens 50 101 --batch 1 2 --heads 2 --head-dim 8")
     rows = found["rows"]
-    assert len(rows) == 2 * 2 * len(bench.VARIANTS)
-    assert {row["variant"] for row in rows} == set(bench.VARIANTS)
+    assert len(rows) == 2 * 2 * len(attention.VARIANTS)
+    assert {row["variant"] for row in rows} == set(attention.VARIANTS)
     for row in rows:
         assert 0 < row["low_ms"] <= row["ms"] <= row["high_ms"] and row["peak_mib"] > 0
         assert (row["selection_ms"] > 0) == (row["variant"] in ("fna", "fna_paper", "subset"))
@@ -58,10 +60,10 @@ def test_slopes_are_exponents_of_growth() -> None:
     same = {"variant": "a", "batch": 1, "dtype": "float32"}
     sizes = (100, 4000, 8000, 64000)
     rows = [same | {"tokens": n, "ms": 3 * n**1.5, "peak_mib": n} for n in sizes]
-    (fit,) = bench.slopes(rows).values()
+    (fit,) = slopes(rows).values()
     assert fit["ms"] == pytest.approx(1.5, abs=1e-4)
     assert fit["peak_mib"] == pytest.approx(1, abs=1e-4)
-    assert bench.slopes(rows[:2]) == {}
+    assert slopes(rows[:2]) == {}
 
 
 def test_unknown_names_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

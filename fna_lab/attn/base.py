@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle as Handle
 
@@ -294,16 +293,16 @@ class LandmarkAttention(ReducedAttention):
         slot = "landmarks" if keys is None else "landmarks among kept keys"
         if slot in context.shared and (self.renew == 0 or context.nth % self.renew):
             return context.shared[slot]
+        begin = context.stopwatch.now() if context.stopwatch else 0.0
         if self.source == "input":
             points = context.x
         elif self.source == "normed":
-            points = F.layer_norm(context.x, context.x.shape[-1:])
+            points = self.landmarks.normed(context.x)
         elif self.source == "qk":
             points = torch.cat([q, k], dim=1).transpose(1, 2).flatten(2)
         else:
             points = (q if self.source == "q" else k).mean(1)
         cls = q.new_zeros((batch, 1), dtype=torch.long)
-        begin = context.stopwatch.now() if context.stopwatch else 0.0
         context.shared[slot] = self.landmarks(
             points,
             self.num_landmarks,

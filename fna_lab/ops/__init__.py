@@ -7,6 +7,7 @@ from fna_lab.ops.cost import (
     break_even_tokens,
     farthest_points_flops,
     nystrom_flops,
+    spread_points_flops,
     subset_flops,
 )
 from fna_lab.ops.detectors import (
@@ -28,7 +29,7 @@ from fna_lab.ops.patterns import (
     restore_own_rows,
     token_rows,
 )
-from fna_lab.ops.points import farthest_points
+from fna_lab.ops.points import farthest_points, sketch_points, spread_points
 from fna_lab.ops.random_features import orthogonal_features, performer_attention
 from fna_lab.ops.retrieval import knn_probabilities, recall_at_k
 from fna_lab.ops.segments import segment_weights
@@ -68,6 +69,9 @@ __all__ = [
     "ridge_solve",
     "segment_centres",
     "segment_weights",
+    "sketch_points",
+    "spread_points",
+    "spread_points_flops",
     "subset_attention",
     "subset_flops",
     "suppression",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab import ops
@@ -37,6 +38,13 @@ class LandmarkSampler(ABC):
         Returns:
             Token indices, long `[b m]`.
         """
+
+    def normed(self, x: Tensor) -> Tensor:
+        """What `points` is where `source=normed`: layer-normed tokens `[b n c]` -> `[b n c]`.
+
+        A sampler that sees a projection alone may return that, and saves the copy.
+        """
+        return F.layer_norm(x, x.shape[-1:])
 
     def with_cells(
         self,
