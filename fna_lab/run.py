@@ -20,6 +20,7 @@ from fna_lab.backbone.base import Backbone
 from fna_lab.backbone.patch import Patch, patch
 from fna_lab.build import build
 from fna_lab.data.base import PictureData
+from fna_lab.report import figures
 from fna_lab.report import record as records
 from fna_lab.task.base import Task
 
@@ -71,9 +72,12 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             "mask": _mask_facts(patched),
             "metrics": task.found,
             "cost": task.costs,
+            **task.extra,
             "seconds": round(time.time() - begin, 1),
         }
-        records.write(record, task.rows, folder)
+        records.write(record, task.rows, folder, task.arrays)
+        if task.figures:
+            figures.draw(folder)
         return record
     finally:
         exact.remove()
@@ -98,6 +102,7 @@ def plan(cfg: DictConfig, backbone: Backbone) -> tuple[Patch, Patch]:
         depth,
         setting="mask.layers",
     )
+    detect = min(anatomy.detect, masked[0])
     patched = patch(
         backbone.host,
         attn,
@@ -105,7 +110,8 @@ def plan(cfg: DictConfig, backbone: Backbone) -> tuple[Patch, Patch]:
         layers=range(anatomy.fna, depth) if layers is None else layers,
         blocks=backbone.blocks_path,
         mask_layers=masked,
-        detect=min(anatomy.detect, masked[0]) if mask.detect is None else mask.detect,
+        detect=detect,
+        restart=min(anatomy.restart, detect if mask.detect is None else mask.detect),
     )
     exact = patch(backbone.host, "exact", layers=patched.attn_layers, blocks=backbone.blocks_path)
     exact.enabled = False
@@ -115,8 +121,9 @@ def plan(cfg: DictConfig, backbone: Backbone) -> tuple[Patch, Patch]:
 def _mask_facts(patched: Patch) -> dict[str, Any]:
     mask = patched.mask
     facts: dict[str, Any] = {"name": mask.name, "layers": list(patched.mask_layers)}
-    if mask.pattern is None:
+    if not mask.looks:
         return facts
+    rounds = torch.tensor(patched.rounds, dtype=torch.double)
     found = torch.tensor(patched.found, dtype=torch.double)
     return facts | {
         "pattern": mask.pattern,
@@ -124,18 +131,21 @@ def _mask_facts(patched: Patch) -> dict[str, Any]:
         "detector": mask.detector.name,
         "threshold": mask.detector.threshold,
         "detect": patched.detect,
+        "schedule": mask.schedule,
         "found": {
             "pictures": len(found),
             "mean": found.mean().item(),
             "max": int(found.max()),
             "share": (found > 0).double().mean().item(),
+            "rounds": rounds.mean().item(),
+            "cut_short": int((rounds == mask.rounds).sum()) if mask.rounds > 1 else 0,
         },
     }
 
 
 def _check_found(patched: Patch) -> None:
     """Refuse results under a mask that masked nothing: they would be those of `mask=none`."""
-    if patched.mask.pattern is not None and not any(patched.found):
+    if patched.mask.looks and not any(patched.found):
         detector = patched.mask.detector
         raise ValueError(
             f"mask/detector={detector.name} ({detector.threshold}) finds no token at block "

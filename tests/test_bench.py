@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fna_lab.bench import attention, packages
+from fna_lab.bench import attention
 from fna_lab.bench.__main__ import main
 from fna_lab.bench.table import slopes
 

@@ -20,7 +20,9 @@ MAY = {
     "backbone": ("ops", "attn", "mask"),
     "data": (),
     "metric": ("ops", "attn.base", "attn.stopwatch"),
-    "task": ("metric", "attn.base", "backbone.base", "backbone.patch"),
+    "finding": ("ops", "attn.base", "mask", "backbone.base", "backbone.patch"),
+    "task": ("metric", "finding.base", "attn.base", "backbone.base", "backbone.neurons",
+             "backbone.patch", "mask.detector.base"),
     "report": (),
     "build": (),
     "help": (),
@@ -29,7 +31,8 @@ MAY = {
     "cli": ("help", "run", "report"),
     "__main__": ("cli",),
     "__init__": ("backbone.patch",),
-    "bench": ("ops", "attn", "backbone.patch", "backbone.timm", "metric", "report"),
+    "bench": ("ops", "attn", "backbone.named", "backbone.patch", "backbone.timm", "metric",
+              "report"),
     "pretrain": ("backbone.tiny_clip", "data.shapes_world"),
 }  # fmt: skip
 # Library -> the only parts that may import it.
@@ -87,7 +90,7 @@ GROUPS = ("attn", "attn/landmarks", "attn/solver", "mask", "mask/detector", "tas
 @pytest.mark.parametrize("group", GROUPS)
 def test_no_variant_imports_another_of_its_group(group: str) -> None:
     folder = PACKAGE / group
-    shared = {"base", "layers", "stopwatch", "__init__"}
+    shared = {"base", "classes", "layers", "stopwatch", "__init__"}
     variants = {p.stem for p in folder.glob("*.py")} - shared
     for name in variants:
         for module in imports(folder / f"{name}.py"):

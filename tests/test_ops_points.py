@@ -89,9 +89,7 @@ def test_blocks_cover_nearly_as_well_as_farthest_points():
 def test_no_picture_sees_its_mates():
     points, first = random_points(batch=4), random_first(batch=4)
     together = ops.spread_points(points, 30, first=first)
-    alone = [
-        ops.spread_points(points[i : i + 1], 30, first=first[i : i + 1]) for i in range(4)
-    ]
+    alone = [ops.spread_points(points[i : i + 1], 30, first=first[i : i + 1]) for i in range(4)]
     assert torch.equal(together, torch.cat(alone))
 
 

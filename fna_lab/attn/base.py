@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle as Handle
 
 from fna_lab import ops
+from fna_lab.attn.classes import DETECTED, prefix_tokens, read_classes, token_set
 from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.attn.layers import read_renewal
 from fna_lab.attn.stopwatch import Stopwatch
 
 SOURCES = ("input", "normed", "q", "k", "qk")
@@ -53,6 +55,7 @@ class Context:
         shared: what earlier layers of the same forward pass left for later ones.
         stopwatch: notes the time of parts, None where nobody measures.
         classes: token classes that the variant asked for by `token_classes`, bool `[b n]` each.
+        reweigh: changes the attention weights `[b h n n]`, where a mask strategy does so.
     """
 
     layer: int
@@ -67,6 +70,7 @@ class Context:
     shared: dict[str, Tensor] = field(default_factory=dict)
     stopwatch: Stopwatch | None = None
     classes: dict[str, Tensor] = field(default_factory=dict)
+    reweigh: Callable[[Tensor], Tensor] | None = None
 
     @property
     def removed(self) -> Tensor | None:
@@ -79,15 +83,19 @@ class AttentionVariant(ABC):
 
     Attributes:
         patterns: the mask patterns that the variant honours, in both stages.
+        reweighs: whether it honours strategies that change weights.
         min_tokens: the fewest tokens that it can work on.
         token_classes: classes (`massive`, `artifact`) that must be detected for it.
         num_extra_tokens: tokens that its `hooks` append behind the host's own.
+        calibration_pictures: pictures that `calibrate` wants to see; 0 = it is not called.
     """
 
     patterns: Iterable[str] = ()
+    reweighs: bool = False
     min_tokens: int = 1
     token_classes: tuple[str, ...] = ()
     num_extra_tokens: int = 0
+    calibration_pictures: int = 0
 
     @abstractmethod
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
@@ -111,6 +119,22 @@ class AttentionVariant(ABC):
             layers: those whose attention is replaced.
         """
         return ()
+
+    def calibrate(
+        self,
+        forward: Callable[[], object],  # noqa: ARG002
+        blocks: Sequence[nn.Module],  # noqa: ARG002
+    ) -> AttentionVariant:
+        """The variant with what a few pictures settle, before the host is patched.
+
+        Args:
+            forward: runs `calibration_pictures` pictures through the unpatched host.
+            blocks: the host's blocks, in order.
+
+        Returns:
+            A settled copy; itself where there is nothing to settle.
+        """
+        return self
 
     def check_tokens(self, tokens: int) -> None:  # noqa: ARG002, B027 (most need no check)
         """Refuse, before any data is read, pictures of too few tokens.
@@ -172,7 +196,8 @@ class KeyMaskedAttention(AttentionVariant):
         if context.removed is not None:
             keys = ~context.removed if keys is None else keys & ~context.removed
         sunk = removal is not None and removal.stage == "sink"
-        values = v.masked_fill(removal.tokens[:, None, :, None], 0) if removal and sunk else v
+        rows = (removal.rows, removal.valid) if removal else None
+        values = ops.zero_rows(v, removal.tokens, rows) if removal and sunk else v
         out = self.attend(q, k, values, context, keys=keys, bias=bias)
         if removal is None or removal.pattern == "type1":
             return out
@@ -237,18 +262,21 @@ class ReducedAttention(KeyMaskedAttention):
 class LandmarkAttention(ReducedAttention):
     """Attention through a few landmark tokens; the part that its variants share.
 
-    It chooses landmarks; removed or padded keys never become one.
+    It chooses landmarks; removed or padded keys never become one. Guaranteed tokens come first,
+    in ascending order, cut off at `num_landmarks`. Excluded tokens are never taken: a picture in
+    which detected classes leave fewer tokens than landmarks has so many fewer landmarks.
 
     Args:
         landmarks: the sampler.
-        num_landmarks: landmarks m of each picture, CLS included.
+        num_landmarks: landmarks m of each picture, guaranteed ones included.
         source: what it samples: the block's `input`, that input layer-`normed` (without the
             host's affine part), the head mean of `q` or `k`, or `qk` of all heads side by side.
-        renew: take landmarks anew every so many layers; 0 keeps those of the first layer.
-        keep_cls: make CLS the first landmark where the host has one.
+        renew: take landmarks anew at `every` layer, every so many layers, or `never`.
+        guarantee: token classes that are landmarks: cls, register, massive, artifact.
+        exclude: token classes that are never landmarks.
 
     Raises:
-        ValueError: a setting is out of range.
+        ValueError: a setting is out of range, or a class is both guaranteed and excluded.
     """
 
     def __init__(
@@ -257,18 +285,25 @@ class LandmarkAttention(ReducedAttention):
         landmarks: LandmarkSampler,
         num_landmarks: int = 64,
         source: str = "normed",
-        renew: int = 1,
-        keep_cls: bool = True,
+        renew: int | str = 1,
+        guarantee: Sequence[str] = ("cls",),
+        exclude: Sequence[str] = (),
     ) -> None:
         if source not in SOURCES:
             raise ValueError(f"attn.source={source!r}: expected one of {', '.join(SOURCES)}.")
-        if not isinstance(renew, int) or renew < 0:
-            raise ValueError(f"attn.renew={renew!r}: expected an integer >= 0 (0 = never).")
         super().__init__(num_landmarks=num_landmarks)
         self.landmarks = landmarks
         self.source = source
-        self.renew = renew
-        self.keep_cls = keep_cls
+        self.renew = read_renewal(renew)
+        self.guarantee = read_classes("attn.guarantee", guarantee)
+        self.exclude = read_classes("attn.exclude", exclude)
+        both = ", ".join(c for c in self.guarantee if c in self.exclude)
+        if both:
+            raise ValueError(
+                f"attn.exclude={list(self.exclude)}: {both} cannot be guaranteed and excluded."
+            )
+        used = (*self.guarantee, *self.exclude)
+        self.token_classes = tuple(c for c in DETECTED if c in used)
 
     @abstractmethod
     def layer_flops(self, tokens: int, heads: int, head_dim: int) -> int:
@@ -281,36 +316,74 @@ class LandmarkAttention(ReducedAttention):
         selection = self.landmarks.flops(tokens, width, self.num_landmarks)
         return layers * self.layer_flops(tokens, heads, head_dim) + renewals * selection
 
+    @property
+    def may_repeat(self) -> bool:
+        """Whether landmarks may repeat where no key is removed: detected classes are excluded."""
+        return any(c in DETECTED for c in self.exclude)
+
+    def distinct(self, keys: Tensor | None, context: Context) -> bool:
+        """Whether no landmark can repeat among the keys, bool `[b n]`, as far as the host knows."""
+        if self.may_repeat or keys is None:
+            return not self.may_repeat
+        removal = context.removal
+        # Under `torch.compile` the largest number of removed tokens is not known.
+        if removal is None or context.attn_mask is not None or torch.compiler.is_compiling():
+            return False
+        left = keys.shape[1] - removal.rows.shape[1] - len(prefix_tokens(self.exclude, context))
+        return left >= self.num_landmarks
+
     def choose(self, q: Tensor, k: Tensor, keys: Tensor | None, context: Context) -> Tensor:
         """Landmark indices, long `[b m]`: new ones, or those of an earlier layer of this pass.
 
         Raises:
-            ValueError: more landmarks than tokens.
+            ValueError: more landmarks than tokens that may be taken.
         """
-        batch, _, num_tokens, _ = q.shape
-        self.check_tokens(num_tokens)
         # Landmarks taken before a mask was known may hold removed tokens: never reuse those.
         slot = "landmarks" if keys is None else "landmarks among kept keys"
         if slot in context.shared and (self.renew == 0 or context.nth % self.renew):
             return context.shared[slot]
         begin = context.stopwatch.now() if context.stopwatch else 0.0
-        if self.source == "input":
-            points = context.x
-        elif self.source == "normed":
-            points = self.landmarks.normed(context.x)
-        elif self.source == "qk":
-            points = torch.cat([q, k], dim=1).transpose(1, 2).flatten(2)
-        else:
-            points = (q if self.source == "q" else k).mean(1)
-        cls = q.new_zeros((batch, 1), dtype=torch.long)
-        context.shared[slot] = self.landmarks(
-            points,
-            self.num_landmarks,
-            guaranteed=cls if self.keep_cls and context.has_cls else cls[:, :0],
-            allowed=keys,
-            num_prefix_tokens=context.num_prefix_tokens,
-            grid=context.grid,
-        )
+        context.shared[slot] = self._sample(q, k, keys, context)
         if context.stopwatch:
             context.stopwatch.note("selection", begin)
         return context.shared[slot]
+
+    def _sample(self, q: Tensor, k: Tensor, keys: Tensor | None, context: Context) -> Tensor:
+        size = q.shape[2]
+        self.check_tokens(size)
+        never = prefix_tokens(self.exclude, context)
+        if size - len(never) < self.num_landmarks:
+            raise ValueError(
+                f"attn.num_landmarks={self.num_landmarks}: more landmarks than the "
+                f"{size - len(never)} tokens that attn.exclude={list(self.exclude)} leaves."
+            )
+        allowed = keys
+        if self.exclude:
+            taboo = token_set(self.exclude, q.shape[0], size, context)
+            allowed = ~taboo if keys is None else keys & ~taboo
+        given = prefix_tokens(self.guarantee, context)[: self.num_landmarks]
+        first = torch.arange(given.start, given.stop, device=q.device)
+        picks = self.landmarks(
+            self._points(q, k, context),
+            self.num_landmarks,
+            guaranteed=first.expand(q.shape[0], -1),
+            allowed=allowed,
+            num_prefix_tokens=context.num_prefix_tokens,
+            grid=context.grid,
+        )
+        if any(c in DETECTED for c in self.guarantee):
+            wanted = token_set(self.guarantee, q.shape[0], size, context)
+            picks = ops.put_first(picks, wanted if allowed is None else wanted & allowed)
+        if allowed is None:
+            return picks
+        # Where too few are left, some samplers take others: the first stands in for those.
+        return torch.where(allowed.gather(1, picks), picks, picks[:, :1])
+
+    def _points(self, q: Tensor, k: Tensor, context: Context) -> Tensor:
+        if self.source == "input":
+            return context.x
+        if self.source == "normed":
+            return self.landmarks.normed(context.x)
+        if self.source == "qk":
+            return torch.cat([q, k], dim=1).transpose(1, 2).flatten(2)
+        return (q if self.source == "q" else k).mean(1)

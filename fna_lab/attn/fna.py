@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from fna_lab import ops
@@ -18,12 +20,13 @@ class FastNystromAttention(LandmarkAttention):
     out = softmax(s Q Kp') Z(A) softmax(s Qp K') V with A = softmax(s Qp Kp').
 
     Args:
-        num_landmarks: landmarks m of each picture, CLS included.
+        num_landmarks: landmarks m of each picture, guaranteed ones included.
         landmarks: the sampler; None = half a grid, half farthest points.
         solver: what stands for the inverse of A; None = ridge.
         source: what is sampled; see `LandmarkAttention`.
-        renew: take landmarks anew every so many layers, 0 = never.
-        keep_cls: make CLS the first landmark.
+        renew: take landmarks anew at `every` layer, every so many, or `never`.
+        guarantee: token classes that are landmarks; see `LandmarkAttention`.
+        exclude: token classes that are never landmarks.
         exact_cls: give CLS its exact output, which the chain knows where CLS is a landmark.
     """
 
@@ -34,8 +37,9 @@ class FastNystromAttention(LandmarkAttention):
         landmarks: LandmarkSampler | None = None,
         solver: Solver | None = None,
         source: str = "normed",
-        renew: int = 1,
-        keep_cls: bool = True,
+        renew: int | str = 1,
+        guarantee: Sequence[str] = ("cls",),
+        exclude: Sequence[str] = (),
         exact_cls: bool = True,
     ) -> None:
         super().__init__(
@@ -43,7 +47,8 @@ class FastNystromAttention(LandmarkAttention):
             num_landmarks=num_landmarks,
             source=source,
             renew=renew,
-            keep_cls=keep_cls,
+            guarantee=guarantee,
+            exclude=exclude,
         )
         self.solver = solver or RidgeSolver()
         self.exact_cls = exact_cls
@@ -68,7 +73,8 @@ class FastNystromAttention(LandmarkAttention):
             solver=self.solver,
             keys=keys,
             bias=bias,
-            exact_rows=int(self.exact_cls and self.keep_cls and context.has_cls),
+            distinct=self.distinct(keys, context),
+            exact_rows=int(self.exact_cls and "cls" in self.guarantee and context.has_cls),
         )
 
     def layer_flops(self, tokens: int, heads: int, head_dim: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fna_lab.attn.fna import FastNystromAttention
 from fna_lab.attn.landmarks.base import LandmarkSampler
 from fna_lab.attn.landmarks.fps import FarthestPointLandmarks
@@ -13,12 +15,13 @@ class PublishedFastNystromAttention(FastNystromAttention):
     """CLS and farthest points of the first layer's input, reused; six cubic iterations.
 
     Args:
-        num_landmarks: landmarks m of each picture, CLS included.
+        num_landmarks: landmarks m of each picture, guaranteed ones included.
         landmarks: the sampler; None = farthest points.
         solver: what stands for the inverse of A; None = the cubic iteration.
         source: what is sampled.
-        renew: take landmarks anew every so many layers, 0 = never.
-        keep_cls: make CLS the first landmark.
+        renew: take landmarks anew at `every` layer, every so many, or `never`.
+        guarantee: token classes that are landmarks; see `LandmarkAttention`.
+        exclude: token classes that are never landmarks.
     """
 
     def __init__(
@@ -28,8 +31,9 @@ class PublishedFastNystromAttention(FastNystromAttention):
         landmarks: LandmarkSampler | None = None,
         solver: Solver | None = None,
         source: str = "input",
-        renew: int = 0,
-        keep_cls: bool = True,
+        renew: int | str = 0,
+        guarantee: Sequence[str] = ("cls",),
+        exclude: Sequence[str] = (),
     ) -> None:
         super().__init__(
             num_landmarks=num_landmarks,
@@ -37,6 +41,7 @@ class PublishedFastNystromAttention(FastNystromAttention):
             solver=solver or NewtonSchulzSolver(),
             source=source,
             renew=renew,
-            keep_cls=keep_cls,
+            guarantee=guarantee,
+            exclude=exclude,
             exact_cls=False,
         )

@@ -1,4 +1,4 @@
-"""Which blocks of the host: every way of writing a layer range."""
+"""Which blocks of the host: every way of writing a layer range, and how often of those."""
 
 from __future__ import annotations
 
@@ -43,6 +43,21 @@ def parse_layers(layers: object, depth: int, *, setting: str) -> tuple[int, ...]
     if not found:
         raise ValueError(f"{setting}={layers!r} names no block; expected at least one.")
     return tuple(sorted(set(found)))
+
+
+def read_renewal(renew: object) -> int:
+    """After how many layers something is taken anew; 0 = never.
+
+    Raises:
+        ValueError: neither `never`, `every` nor an integer >= 0.
+    """
+    every = {"never": 0, "every": 1}.get(renew) if isinstance(renew, str) else renew
+    if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+        raise ValueError(
+            f"attn.renew={renew!r}: expected never, every, or an integer n >= 0 "
+            "(every n layers, 0 = never)."
+        )
+    return every
 
 
 def _parse_text(text: str, depth: int, setting: str) -> list[int]:

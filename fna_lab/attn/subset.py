@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from fna_lab import ops
@@ -14,11 +16,12 @@ class SubsetAttention(LandmarkAttention):
     """Every query attends to the landmarks and to nothing else: softmax(s Q Kp') Vp.
 
     Args:
-        num_landmarks: landmarks m of each picture, CLS included.
+        num_landmarks: landmarks m of each picture, guaranteed ones included.
         landmarks: the sampler; None = half a grid, half farthest points.
         source: what is sampled; see `LandmarkAttention`.
-        renew: take landmarks anew every so many layers, 0 = never.
-        keep_cls: make CLS the first landmark.
+        renew: take landmarks anew at `every` layer, every so many, or `never`.
+        guarantee: token classes that are landmarks; see `LandmarkAttention`.
+        exclude: token classes that are never landmarks.
     """
 
     def __init__(
@@ -27,15 +30,17 @@ class SubsetAttention(LandmarkAttention):
         num_landmarks: int = 64,
         landmarks: LandmarkSampler | None = None,
         source: str = "normed",
-        renew: int = 1,
-        keep_cls: bool = True,
+        renew: int | str = 1,
+        guarantee: Sequence[str] = ("cls",),
+        exclude: Sequence[str] = (),
     ) -> None:
         super().__init__(
             landmarks=landmarks or GridFarthestPointLandmarks(),
             num_landmarks=num_landmarks,
             source=source,
             renew=renew,
-            keep_cls=keep_cls,
+            guarantee=guarantee,
+            exclude=exclude,
         )
 
     def attend(
@@ -50,7 +55,7 @@ class SubsetAttention(LandmarkAttention):
     ) -> Tensor:
         """Exact attention over the landmark keys and values, which are kept keys all."""
         picks = self.choose(q, k, keys, context)
-        distinct = keys is None
+        distinct = keys is None and not self.may_repeat
         return ops.subset_attention(
             q, k, v, picks, scale=context.scale, bias=bias, distinct=distinct
         )

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +16,22 @@ from fna_lab.attn.base import AttentionVariant, Context, Removal
 from fna_lab.attn.layers import parse_layers
 from fna_lab.attn.stopwatch import Stopwatch
 from fna_lab.backbone.blocks import find_blocks, find_patch_embedding, says_cls, says_prefix
-from fna_lab.backbone.seam import AttentionSeam, EnterSeam, LeaveSeam
+from fna_lab.backbone.named import resolve
+from fna_lab.backbone.neurons import NeuronTap
+from fna_lab.backbone.parts import out_projection
+from fna_lab.backbone.seam import (
+    AttentionSeam,
+    Changed,
+    EnterSeam,
+    LeaveSeam,
+    Probed,
+    hidden,
+    with_hidden,
+)
+from fna_lab.backbone.search import Again, Finder, Found, Pass, Search, plan_searches
 from fna_lab.mask.base import Mask
-from fna_lab.mask.detector.base import Evidence
 
-Variant = TypeVar("Variant", AttentionVariant, Mask)
-
-Observer = Callable[[Tensor, Tensor, Context], None]
+Observer = Callable[[Tensor, Tensor, Tensor, Context], None]
 
 # CLIP ViT-L/14, 24 blocks: detection, masks and FNA from block 13 on; others in proportion.
 START = 13 / 24
@@ -40,6 +46,7 @@ def patch(
     blocks: str | None = None,
     mask_layers: Any = None,
     detect: int | None = None,
+    restart: int | None = None,
     **settings: Any,
 ) -> Patch:
     """Replace the attention of some blocks of a ViT, and mask tokens out of it.
@@ -59,6 +66,8 @@ def patch(
         blocks: dotted path of the host's list of blocks, where it is not found by itself.
         mask_layers: blocks whose attention is masked; None = the mask's own, else as `layers`.
         detect: block at which tokens are detected; None = the mask's own, else its first layer.
+        restart: first block that an iterative schedule runs again; None = the mask's own, else
+            9/24 of the depth.
         **settings: of the variant, where `attn` is a name (`num_landmarks=64`).
 
     Returns:
@@ -69,40 +78,27 @@ def patch(
         TypeError: `attn` or `mask` is neither a name nor a variant.
         NotImplementedError: the variant cannot honour the mask.
     """
-    attention = _resolve(attn, AttentionVariant, "fna_lab.attn", settings)
-    strategy = _resolve(mask, Mask, "fna_lab.mask", {})
+    attention = resolve(attn, AttentionVariant, "fna_lab.attn", settings)
+    strategy = resolve(mask, Mask, "fna_lab.mask", {})
     path, found = find_blocks(model, blocks)
     depth = len(found)
     default = range(round(START * depth), depth)
     attn_layers = parse_layers(default if layers is None else layers, depth, setting="attn.layers")
     masked: tuple[int, ...] = ()
-    if strategy.pattern is None:
-        detect = None  # nobody would use what is found
-    else:
+    if strategy.pattern is not None:
         attention.check(strategy.pattern)
+    if strategy.reweighs and not attention.reweighs:
+        raise NotImplementedError(
+            f"attn={attention.name} cannot honour mask={strategy.name}, which changes attention "
+            "weights; use attn=exact."
+        )
+    if strategy.acts:
         wanted = strategy.layers if mask_layers is None else mask_layers
         masked = parse_layers(default if wanted is None else wanted, depth, setting="mask.layers")
-        detect = strategy.detect if detect is None else detect
-        detect = masked[0] if detect is None else detect
-        parse_layers(detect, depth, setting="mask.detect")
-        if detect > masked[0]:
-            raise ValueError(
-                f"mask.detect={detect}: tokens are detected after block {masked[0]}, the first "
-                "one that masks them; expected that block or an earlier one."
-            )
-    return Patch(model, path, found, attention, strategy, attn_layers, masked, detect)
-
-
-@dataclass
-class Pass:
-    """What one forward pass leaves for its later blocks."""
-
-    last: int = -1
-    nth: int = 0
-    grid: tuple[int, int] | None = None
-    tokens: Tensor | None = None
-    rows: tuple[Tensor, Tensor] | None = None
-    shared: dict[str, Tensor] = field(default_factory=dict)
+    searches = plan_searches(
+        attention, strategy, attn_layers, masked, depth=depth, detect=detect, restart=restart
+    )
+    return Patch(model, path, found, attention, strategy, attn_layers, masked, searches)
 
 
 class Patch:
@@ -115,12 +111,10 @@ class Patch:
         mask: the mask strategy at work.
         attn_layers: blocks whose attention is replaced.
         mask_layers: blocks whose attention is masked.
-        detect: block at which tokens are detected, None without a mask.
+        searches: how tokens are looked for: those of the mask, and the variant's token classes.
         stopwatch: notes the time of attention and selection, None where nobody measures.
-        observer: is shown queries, keys and context before each attention, None = nobody looks.
+        observer: is shown q, k, v and context before each attention, None = nobody looks.
         enabled: False while the model runs as it came.
-        pictures: pictures seen by the detector so far.
-        tokens: T of the last forward pass, bool `[b n]`, None before the first.
     """
 
     def __init__(
@@ -132,7 +126,7 @@ class Patch:
         mask: Mask,
         attn_layers: tuple[int, ...],
         mask_layers: tuple[int, ...],
-        detect: int | None,
+        searches: Sequence[Search],
     ) -> None:
         self.model = model
         self.blocks = blocks
@@ -140,41 +134,78 @@ class Patch:
         self.mask = mask
         self.attn_layers = attn_layers
         self.mask_layers = mask_layers
-        self.detect = detect
+        self.searches = tuple(searches)
         self.enabled = True
         self.stopwatch: Stopwatch | None = None
         self.observer: Observer | None = None
-        self.pictures = 0
-        self.tokens: Tensor | None = None
-        self._found: list[Tensor] = []
         self._path = path
-        self._exact = _resolve("exact", AttentionVariant, "fna_lab.attn", {})
+        self._exact = resolve("exact", AttentionVariant, "fna_lab.attn", {})
         self._said_cls = says_cls(model)
         self._said_prefix = says_prefix(model)
+        self._finder = Finder(blocks, self._seam, self._prefix, self._has_cls)
         self._pass = Pass()
         self._input: Tensor | None = None
+        self._correction: Tensor | None = None
         self._hooks: list[RemovableHandle] = []
         self._install()
 
     @property
     def _touched(self) -> set[int]:
-        detect = () if self.detect is None else (self.detect,)
-        return {*self.attn_layers, *self.mask_layers, *detect}
+        read = {layer for search in self.searches for layer in search.reruns}
+        return {*self.attn_layers, *self.mask_layers, *read}
+
+    @property
+    def detect(self) -> int | None:
+        """Block at which the mask's tokens are detected, None without a mask."""
+        return next((s.detect for s in self.searches if s.name == "mask"), None)
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """T of the last forward pass, bool `[b n]`; None before the first."""
+        found = self._pass.found.get("mask")
+        return None if found is None else found.tokens
+
+    @property
+    def ranks(self) -> Tensor | None:
+        """The round in which each token of T was found, 0 = none, long `[b n]`."""
+        found = self._pass.found.get("mask")
+        return None if found is None else found.ranks
+
+    @property
+    def strengths(self) -> Tensor | None:
+        """Of an iterative schedule, how far each token of T stood out when it was found."""
+        found = self._pass.found.get("mask")
+        return None if found is None else found.scores
+
+    @property
+    def classes(self) -> dict[str, Tensor]:
+        """Token classes of the last forward pass, bool `[b n]` each."""
+        return {s.name: self._class(s.name) for s in self.searches if s.name != "mask"}
 
     @property
     def found(self) -> list[int]:
-        """How many tokens were detected in each picture so far."""
-        return [int(count) for counts in self._found for count in counts]
+        """How many tokens of T were detected in each picture so far."""
+        return [int(count) for counts, _ in self._finder.counts for count in counts]
+
+    @property
+    def rounds(self) -> list[int]:
+        """In how many rounds, in each picture so far."""
+        return [int(number) for _, rounds in self._finder.counts for number in rounds]
+
+    @property
+    def pictures(self) -> int:
+        """Pictures seen by the mask's detector so far."""
+        return sum(len(counts) for counts, _ in self._finder.counts)
 
     def forget(self) -> None:
         """Forget the pictures and detections so far."""
-        self.pictures, self._found, self.tokens = 0, [], None
+        self._finder.counts = []
+        self._pass = Pass()
 
     def remove(self) -> None:
         """Give the model back exactly as it came; a second call does nothing."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        while self._hooks:
+            self._hooks.pop().remove()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -189,18 +220,18 @@ class Patch:
     @contextmanager
     def uncounted(self) -> Iterator[None]:
         """Detect tokens inside the `with`, and leave `pictures` and `found` as they were."""
-        counts = self.pictures, list(self._found)
+        counts = list(self._finder.counts)
         try:
             yield
         finally:
-            self.pictures, self._found = counts
+            self._finder.counts = counts
 
     @contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:
         """Show every block's attention to an observer, whether it is replaced or not."""
         others = tuple(i for i in range(len(self.blocks)) if i not in self._touched)
-        none = _resolve("none", Mask, "fna_lab.mask", {})
-        rest = Patch(self.model, self._path, self.blocks, self._exact, none, others, (), None)
+        none = resolve("none", Mask, "fna_lab.mask", {})
+        rest = Patch(self.model, self._path, self.blocks, self._exact, none, others, (), ())
         self.observer = rest.observer = observer
         try:
             yield
@@ -215,37 +246,63 @@ class Patch:
         self.remove()
 
     def _install(self) -> None:
-        self._pass = Pass()
+        for search in self.searches:
+            search.prepared = search.detector.prepare(self.blocks, search.detect)
+            search.neurons = NeuronTap(self.blocks, search.detector.neurons)
+            self._hooks += search.neurons.handles
         embedding = find_patch_embedding(self.model, self._path)
         if embedding is not None:
             self._hooks.append(embedding.register_forward_hook(self._begin))
+        self._hooks += self.attn.hooks(self.blocks, self.attn_layers)
+        if self.mask.corrects:
+            for layer in self.mask_layers:
+                projection = out_projection(self.blocks[layer])
+                correct = lambda module, args, out: self._correct(out)  # noqa: E731, ARG005
+                self._hooks.append(projection.register_forward_hook(correct))
         for layer in sorted(self._touched):
             block = self.blocks[layer]
-            seam = AttentionSeam(partial(self._attend, layer), f"{self._path}.{layer}")
-            enter = EnterSeam(seam, partial(self._before, layer), self)
+            enter = EnterSeam(self._seam(layer), partial(self._before, layer), self)
             self._hooks.append(block.register_forward_pre_hook(enter, with_kwargs=True))
             leave = LeaveSeam(enter)
             self._hooks.append(block.register_forward_hook(leave, always_call=True))
+
+    def _seam(self, layer: int, again: Again | None = None) -> AttentionSeam:
+        attend = partial(self._attend, layer, again=again)
+        after = self._correct if self.mask.corrects else None
+        return AttentionSeam(attend, f"{self._path}.{layer}", after)
+
+    def _correct(self, out: Tensor) -> Tensor:
+        """The projected output of attention, `[b n c]` or tokens first, with what a mask adds."""
+        more, self._correction = self._correction, None
+        if more is None:
+            return out
+        return out + (more if out.shape == more.shape else more.transpose(0, 1))
 
     def _begin(self, module: nn.Module, args: Any, output: Tensor) -> None:  # noqa: ARG002
         rows, columns = output.shape[-2:]
         self._pass = Pass(grid=(rows, columns))
 
-    def _before(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
+        """Look at a block's input, and change it where a strategy wants so."""
         if layer <= self._pass.last:  # a new pass through blocks that skipped the embedding
             self._pass = Pass(grid=self._pass.grid)
         self._pass.last = layer
-        x = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
-        if not isinstance(x, Tensor) or x.ndim != 3:
-            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise NotImplementedError(
-                f"Block {self._path}.{layer} receives {shape}; expected hidden states "
-                "[batch tokens channels]. Windowed hosts are not supported."
-            )
-        self._input = x
-        if layer == self.detect and self.mask.detector.reads == "hidden":
+        x = given = hidden(args, kwargs, f"{self._path}.{layer}")
+        for search in self.searches:
+            if search.probes and layer in search.reruns:
+                self._pass.calls[layer] = args, kwargs
+                self._pass.restarts[layer] = self._pass.nth, dict(self._pass.shared)
+            if layer == search.detect and (search.probes or search.reads_hidden):
+                self._finder.look(search, self._pass, x)
+                before = [i for i in self.mask_layers if i < layer]
+                if search.name == "mask" and before:
+                    x = self._finder.masked(search, self._pass, before)
+        if self.mask.rewrites and layer == self.mask_layers[0]:
             prefix = self._prefix(x)
-            self._keep(self.mask.detector(Evidence(x, prefix, self._has_cls(prefix))))
+            tokens = self._pass.found["mask"].tokens
+            x = self.mask.rewrite(x, tokens, num_prefix_tokens=prefix, grid=self._pass.grid)
+        self._input = x
+        return None if x is given else with_hidden(args, kwargs, x)
 
     def _attend(
         self,
@@ -257,8 +314,9 @@ class Patch:
         attn_mask: Tensor | None,
         scale: float,
         is_causal: bool,
+        again: Again | None = None,
     ) -> Tensor:
-        x = self._input
+        x = self._input if again is None else again.x
         assert x is not None
         if is_causal:
             raise NotImplementedError(
@@ -267,8 +325,12 @@ class Patch:
             )
         if x.shape[1] != q.shape[2]:
             x = x.transpose(0, 1)  # hosts that keep tokens first: [n b c]
-        if layer == self.detect and self.mask.detector.reads == "attention":
-            self._keep(self._detect_from_cls(q, k, scale, x))
+        if again is not None and again.probe:
+            raise Probed(q, k, attn_mask, scale)
+        if again is None:
+            for search in self.searches:
+                if layer == search.detect and not search.probes and not search.reads_hidden:
+                    self._finder.look(search, self._pass, x, (q, k, attn_mask, scale))
         variant = self._exact
         nth = self._pass.nth
         if layer in self.attn_layers:
@@ -284,108 +346,66 @@ class Patch:
             has_cls=self._has_cls(prefix),
             grid=self._pass.grid,
             attn_mask=attn_mask,
-            removal=self._removal(layer),
+            removal=self._removal(layer) if again is None else again.removal,
             shared=self._pass.shared,
-            stopwatch=self.stopwatch,
+            stopwatch=self.stopwatch if again is None else None,
+            classes={c: self._class(c) for c in variant.token_classes},
         )
-        if self.observer is not None:
-            self.observer(q, k, context)
-        if self.stopwatch is None:
+        if again is None and layer in self.mask_layers:
+            self._adjust(context, q, k, v)
+        if self.observer is not None and again is None:
+            self.observer(q, k, v, context)
+        if context.stopwatch is None:
             return variant(q, k, v, context)
-        begin = self.stopwatch.now()
+        begin = context.stopwatch.now()
         out = variant(q, k, v, context)
-        self.stopwatch.note("attention", begin)
+        context.stopwatch.note("attention", begin)
         return out
 
-    def _detect_from_cls(self, q: Tensor, k: Tensor, scale: float, x: Tensor) -> Tensor:
-        prefix = self._prefix(x)
-        if not self._has_cls(prefix):
-            raise NotImplementedError(
-                f"mask/detector={self.mask.detector.name} reads the attention of CLS, and "
-                f"{type(self.model).__name__} has no CLS; use mask/detector=norm_ratio."
-            )
-        return self.mask.detector(Evidence(x, prefix, True, q=q, k=k, scale=scale))
-
-    def _keep(self, tokens: Tensor) -> None:
-        prefix = self._prefix(tokens)
-        counts = tokens.sum(1)
-        rows = ops.token_rows(tokens)
-        if not torch.compiler.is_compiling():
-            full = (counts == tokens.shape[1] - prefix).nonzero()[:, 0].tolist()
-            if full:
-                raise ValueError(
-                    f"mask.detector={self.mask.detector.name} ({self.mask.detector.threshold}) "
-                    f"finds all {tokens.shape[1] - prefix} patch tokens of picture(s) {full} of "
-                    f"the batch at block {self.detect}, so nothing would be left to attend to; "
-                    "raise its threshold."
-                )
-        self.pictures += tokens.shape[0]
-        self._found.append(counts.detach())
-        self.tokens = self._pass.tokens = tokens
-        self._pass.rows = rows
+    def _adjust(self, context: Context, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Let a strategy that changes weights or output have its way."""
+        if not (self.mask.reweighs or self.mask.corrects):
+            return
+        tokens = q.new_zeros((q.shape[0], q.shape[2]), dtype=torch.bool)
+        if self.mask.looks:
+            tokens = self._known("mask", context.layer).tokens
+        if self.mask.reweighs:
+            prefix = context.num_prefix_tokens
+            context.reweigh = partial(self.mask.reweigh, tokens=tokens, num_prefix_tokens=prefix)
+        if self.mask.corrects:
+            weights = ops.attention_pattern(q, k, scale=context.scale, bias=context.attn_mask)
+            projection = out_projection(self.blocks[context.layer])
+            args = (context.x, v, projection.weight, tokens)
+            self._correction = self.mask.correct(weights, *args).to(v.dtype)
 
     def _removal(self, layer: int) -> Removal | None:
-        if layer not in self.mask_layers:
+        if layer not in self.mask_layers or self.mask.pattern is None:
             return None
-        if self._pass.tokens is None or self._pass.rows is None:
+        search = next(s for s in self.searches if s.name == "mask")
+        if layer < search.detect:
+            return None  # this block runs again, masked, once the tokens are known
+        return search.removal(self._known("mask", layer))
+
+    def _known(self, name: str, layer: int | None = None) -> Found:
+        if name not in self._pass.found:
             raise RuntimeError(
-                f"mask.layers holds block {layer}, but no tokens were detected at block "
-                f"{self.detect} in this forward pass; another patch may have taken that block."
+                f"Block {self._path}.{layer} needs the tokens of {name!r}, but none were looked "
+                "for in this forward pass; another patch may have taken the detection block."
             )
-        rows, valid = self._pass.rows
-        assert self.mask.pattern is not None
-        return Removal(self._pass.tokens, self.mask.pattern, self.mask.stage, rows, valid)
+        return self._pass.found[name]
+
+    def _class(self, name: str) -> Tensor:
+        tokens = self._known(name).tokens
+        # Iterative detection at the sinks' threshold finds the massive tokens first.
+        return tokens & ~self._known("massive").tokens if name == "artifact" else tokens
 
     def _prefix(self, x: Tensor) -> int:
         """Tokens before the patch tokens, from the grid that the patch embedding made."""
         grid = self._pass.grid
-        if grid is not None and 0 <= x.shape[1] - grid[0] * grid[1] < 64:
-            return x.shape[1] - grid[0] * grid[1]
+        size = x.shape[1] - self.attn.num_extra_tokens
+        if grid is not None and 0 <= size - grid[0] * grid[1] < 64:
+            return size - grid[0] * grid[1]
         return self._said_prefix
 
     def _has_cls(self, prefix: int) -> bool:
         return prefix > 0 if self._said_cls is None else self._said_cls
-
-
-def named_attention(name: str, **settings: Any) -> AttentionVariant:
-    """The variant of a file of `fna_lab.attn`, with these settings.
-
-    Raises:
-        ValueError: the name or a setting does not exist.
-    """
-    return _resolve(name, AttentionVariant, "fna_lab.attn", settings)
-
-
-def _resolve(
-    named: str | Variant, base: type[Variant], package: str, settings: dict[str, Any]
-) -> Variant:
-    """An object of a variant: itself, or the one class of the file that is named."""
-    setting = package.rpartition(".")[2]
-    if isinstance(named, base):
-        if settings:
-            raise ValueError(
-                f"{', '.join(settings)}: settings go with a name; {setting} is an object already."
-            )
-        return named
-    if not isinstance(named, str):
-        raise TypeError(f"Expected {setting} to be a name or a {base.__name__}, got {named!r}.")
-    module = f"{package}.{named}"
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        raise ValueError(f"{setting}={named!r}: there is no {package}.{named}.") from None
-    classes = [
-        cls
-        for _, cls in inspect.getmembers(found, inspect.isclass)
-        if cls.__module__ == module and issubclass(cls, base)
-    ]
-    if len(classes) != 1 or named == "base":
-        raise ValueError(f"{setting}={named!r} names no {base.__name__} of {package}.")
-    try:
-        inspect.signature(classes[0]).bind(**settings)
-    except TypeError as error:
-        known = ", ".join(inspect.signature(classes[0]).parameters) or "none"
-        raise ValueError(f"{setting}={named!r}: {error}; its settings are: {known}.") from None
-    return classes[0](**settings)

@@ -18,6 +18,22 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 Attend = Callable[..., Tensor]
+# Queries, keys, mask and scale of one attention call.
+Call = tuple[Tensor, Tensor, Tensor | None, float]
+# New positional and keyword arguments of a block; None = they stay.
+Changed = tuple[tuple[Any, ...], dict[str, Any]] | None
+
+
+class Probed(Exception):  # noqa: N818 (no error: it leaves a block early)
+    """Leaves a block at its attention.
+
+    Attributes:
+        call: queries, keys, mask and scale of that attention.
+    """
+
+    def __init__(self, *call: Any) -> None:
+        super().__init__()
+        self.call: Call = call  # type: ignore[assignment]
 
 
 class Switch(Protocol):
@@ -32,12 +48,17 @@ class AttentionSeam(TorchFunctionMode):
     Args:
         attend: called with q, k, v `[b h n d]` and the keywords `attn_mask` and `scale`.
         where: the block's name, for messages.
+        after: changes what `nn.MultiheadAttention` projects, `[n b c]`; None = nothing does. The
+            projection of other hosts is a module, and takes a hook.
     """
 
-    def __init__(self, attend: Attend, where: str) -> None:
+    def __init__(
+        self, attend: Attend, where: str, after: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.attend = attend
         self.where = where
+        self.after = after
         self.calls = 0
 
     def __torch_function__(
@@ -52,7 +73,8 @@ class AttentionSeam(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self._replace(*args, **kwargs)
         if func is F.multi_head_attention_forward:
-            return _multi_head(self._replace, self.where, *args, **kwargs)
+            out, none = _multi_head(self._replace, self.where, *args, **kwargs)
+            return out if self.after is None else self.after(out), none
         return func(*args, **kwargs)
 
     def _replace(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -168,30 +190,31 @@ class EnterSeam:
 
     Args:
         seam: the seam of this block.
-        before: called with the block's positional and keyword arguments.
+        before: called with the block's positional and keyword arguments; may return others.
         patch: the patch that this belongs to.
     """
 
     def __init__(
-        self, seam: AttentionSeam, before: Callable[[tuple, dict], None], patch: Switch
+        self, seam: AttentionSeam, before: Callable[[tuple, dict], Changed], patch: Switch
     ) -> None:
         self.seam = seam
         self.before = before
         self.patch = patch
         self.entered = False
 
-    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
         claims = [
             hook
             for hook in block._forward_pre_hooks.values()
             if isinstance(hook, EnterSeam) and hook.patch.enabled
         ]
         if not claims or claims[-1] is not self:
-            return
-        self.before(args, kwargs)
+            return None
+        changed = self.before(args, kwargs)
         self.seam.calls = 0
         self.entered = True
         self.seam.__enter__()
+        return changed
 
 
 class LeaveSeam:
@@ -221,3 +244,28 @@ class LeaveSeam:
                     "Swin-like hosts write attention out and are not supported."
                 )
             )
+
+
+def hidden(args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Tensor:
+    """The hidden states `[b n c]` among a block's arguments.
+
+    Raises:
+        NotImplementedError: there are none of that shape.
+    """
+    x = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+    if isinstance(x, Tensor) and x.ndim == 3:
+        return x
+    shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+    raise NotImplementedError(
+        f"Block {where} receives {shape}; expected hidden states [batch tokens channels]. "
+        "Windowed hosts are not supported."
+    )
+
+
+def with_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a block with other hidden states."""
+    if args:
+        return (x, *args[1:]), kwargs
+    return args, kwargs | {"hidden_states" if "hidden_states" in kwargs else "x": x}

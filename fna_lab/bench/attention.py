@@ -17,7 +17,7 @@ import fna_lab.attn
 from fna_lab import ops
 from fna_lab.attn.base import AttentionVariant, Context, Removal
 from fna_lab.attn.stopwatch import Stopwatch
-from fna_lab.backbone.patch import named_attention
+from fna_lab.backbone.named import named_attention
 from fna_lab.bench import packages
 from fna_lab.metric import cost
 
@@ -55,7 +55,7 @@ class Call:
     def _remove(self, pattern: str, stage: str, num: int) -> Removal:
         batch, tokens, _ = self.x.shape
         generator = torch.Generator().manual_seed(1)
-        places = torch.stack([torch.randperm(tokens - 1, generator=generator) for _ in range(batch)])
+        places = torch.rand(batch, tokens - 1, generator=generator).argsort(1)
         gone = torch.zeros(batch, tokens, dtype=torch.bool)
         gone.scatter_(1, places[:, :num] + 1, True)  # CLS stays
         gone = gone.to(self.x.device)
@@ -138,7 +138,7 @@ def chosen_variants(names: list[str] | None, console: Console) -> list[str]:
                 *there]  # fmt: skip
     for name in names:
         if name in absent:
-            raise ValueError(f"--variants {name}: the package is not installed; see extra `bench`.")
+            raise ValueError(f"--variants {name}: not installed; the extra `bench` holds it.")
         if name not in (*known, *there):
             choice = ", ".join([*known, *packages.ATTENTION])
             raise ValueError(f"--variants {name}: there is no such variant; known: {choice}, all.")

@@ -21,9 +21,7 @@ def installed(name: str) -> bool:
     return find_spec(name.replace("-", "_")) is not None
 
 
-def nystrom_attention(
-    qkv: tuple[Tensor, Tensor, Tensor], landmarks: int
-) -> Callable[[], Tensor]:
+def nystrom_attention(qkv: tuple[Tensor, Tensor, Tensor], landmarks: int) -> Callable[[], Tensor]:
     """The attention of `nystrom-attention` (lucidrains) on the same queries, keys and values.
 
     Its projections become identities and its trained convolution is switched off, so that what

@@ -80,7 +80,7 @@ def _sampler(name: str) -> LandmarkSampler | packages.Sampler:
     """The sampler of `fps` or `fps:block=8,sketch=64`, or that of a public package."""
     if name in packages.SAMPLERS:
         if not packages.installed(name):
-            raise ValueError(f"--samplers {name}: the package is not installed; see extra `bench`.")
+            raise ValueError(f"--samplers {name}: not installed; the extra `bench` holds it.")
         return packages.sampler(name)
     stem, _, settings = name.partition(":")
     folder = Path(fna_lab.attn.landmarks.__file__).parent

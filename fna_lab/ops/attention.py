@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fna_lab.ops.checks import check_qkv, check_same_device
+from fna_lab.ops.checks import check_float, check_qkv, check_same_device, default_scale
 
 
 def attention(
@@ -47,3 +47,33 @@ def attention(
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=scale)
     # The kernels disagree on rows without a key: some give NaN.
     return out.masked_fill(~keep.any(-1, keepdim=True), 0)
+
+
+def attention_pattern(
+    q: Tensor, k: Tensor, *, scale: float | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """The attention weights themselves, softmax(scale q k' + bias), for analysis: O(n^2).
+
+    Args:
+        q: queries `[b h m d]`.
+        k: keys `[b h n d]`.
+        scale: factor of the logits; None = d^-1/2.
+        bias: added to the logits, or bool with True = may attend; broadcastable to `[b h m n]`.
+
+    Returns:
+        `[b h m n]` in at least float32; rows sum to 1.
+
+    Raises:
+        TypeError: an argument is not a floating tensor.
+        ValueError: an argument is not `[b h n d]`.
+    """
+    check_float("q", q, 4, "[b h n d]")
+    check_float("k", k, 4, "[b h n d]")
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scale = default_scale(q) if scale is None else scale
+    scores = scale * (q.to(wide) @ k.to(wide).mT)
+    if bias is not None and bias.dtype == torch.bool:
+        scores = scores.masked_fill(~bias, -torch.inf)
+    elif bias is not None:
+        scores = scores + bias
+    return scores.softmax(-1)

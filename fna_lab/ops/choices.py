@@ -29,6 +29,27 @@ def grid_cells(grid: tuple[int, int], num: int) -> list[int]:
     ]
 
 
+def put_first(picks: Tensor, wanted: Tensor) -> Tensor:
+    """Wanted tokens before the others that were picked, as many in all as there were picks.
+
+    Args:
+        picks: token indices, long `[b m]`.
+        wanted: bool `[b n]`; their number may differ from row to row.
+
+    Returns:
+        Long `[b m]`: wanted tokens in ascending order, cut off at m, then the picks that are not
+        wanted in their order. No index repeats that did not repeat in `picks`.
+    """
+    check_index("picks", picks, "[b m]")
+    check_bool("wanted", wanted, (picks.shape[0], wanted.shape[1]))
+    most = picks.shape[1]
+    first = wanted.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    both = torch.cat([first, picks], dim=1)
+    useless = torch.cat([~wanted.gather(1, first), wanted.gather(1, picks)], dim=1)
+    order = useless.to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+    return both.gather(1, order)
+
+
 def segment_centres(allowed: Tensor, num: int) -> Tensor:
     """The middle token of each of `num` equal segments of the allowed tokens, in their order.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab.ops.checks import check_bool, check_float, check_index
@@ -233,9 +232,7 @@ def _reduced(points: Tensor, sketch: int | None) -> Tensor:
     return points.to(torch.promote_types(points.dtype, torch.float32))
 
 
-def _take(
-    points: Tensor, half: Tensor, distance: Tensor, farther: Tensor, count: int
-) -> Tensor:
+def _take(points: Tensor, half: Tensor, distance: Tensor, farther: Tensor, count: int) -> Tensor:
     """The next points of `spread_points`: distances `[b runs length]` -> long `[b count]`."""
     far, index = distance.max(2)
     runs, length = distance.shape[1:]
@@ -262,9 +259,7 @@ def _free(distance: Tensor, took: Tensor) -> Tensor:
     return torch.where(good, took, fill.gather(1, place))
 
 
-def _nearest(
-    points: Tensor, half: Tensor, picks: Tensor, out: Tensor | None = None
-) -> Tensor:
+def _nearest(points: Tensor, half: Tensor, picks: Tensor, out: Tensor | None = None) -> Tensor:
     """Half the squared distance to the nearest of several points: long `[b g]` -> `[b n]`.
 
     `half` is |x|^2 / 2, `out` bool `[b g]` leaves picks out.

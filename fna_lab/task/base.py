@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric, SumMetric
 
@@ -30,7 +32,12 @@ class Task(L.LightningModule):
         scores: the metrics by name; all are logged, and all are results.
         found: the results, after the test.
         costs: the cost on the first batch.
+        extra: further plain parts of the record, by name.
+        arrays: NumPy arrays by name, for `arrays.npz`; set with the results.
+        figures: whether `fna_lab.report` draws figures of such a run when it is finished.
     """
+
+    figures = False
 
     def __init__(
         self, *, backbone: Backbone, patched: Patch, exact: Patch, cost: bool = True
@@ -44,6 +51,8 @@ class Task(L.LightningModule):
         self.rows: list[dict[str, Any]] = []
         self.costs: dict[str, float | None] = {}
         self.found: dict[str, float] = {}
+        self.extra: dict[str, Any] = {}
+        self.arrays: dict[str, Any] = {}
         self.scores = nn.ModuleDict({"n": SumMetric()})
 
     @property
@@ -130,3 +139,18 @@ class Task(L.LightningModule):
         found["exact_peak_mib"] = cost.peak_memory(run_exact, device) / 2**20
         found["patched_peak_mib"] = cost.peak_memory(run, device) / 2**20
         return found | flops
+
+
+@torch.no_grad()
+def embed_classes(backbone: Backbone, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """Zero-shot weights: the mean unit text embedding of each class over all templates `[c e]`.
+
+    Source: Radford et al. 2021, section 3.1.4.
+    """
+    means = []
+    for start in range(0, len(classes), 64):
+        some = classes[start : start + 64]
+        texts = [template.format(name) for name in some for template in templates]
+        found = backbone.encode_text(texts).unflatten(0, (len(some), -1))
+        means.append(found.mean(1))
+    return F.normalize(torch.cat(means).float(), dim=-1)

@@ -1,0 +1,379 @@
+"""How a set of tokens is looked for inside a forward pass: at once, or round by round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from fna_lab import ops
+from fna_lab.attn.base import AttentionVariant, Removal
+from fna_lab.attn.layers import parse_layers
+from fna_lab.backbone.neurons import NeuronTap
+from fna_lab.backbone.seam import AttentionSeam, Call, Probed, hidden, with_hidden
+from fna_lab.mask.base import Mask
+from fna_lab.mask.detector.base import Detector, Evidence
+from fna_lab.mask.detector.cls_proxy import ClsProxyDetector
+
+# CLIP ViT-L/14, 24 blocks: iterative detection runs again from block 9 on.
+RESTART = 9 / 24
+
+
+@dataclass
+class Search:
+    """One set of tokens and how it is looked for.
+
+    Attributes:
+        name: what the set is called: `mask`, or a token class.
+        detector: finds the tokens.
+        detect: block that the detector reads.
+        restart: first block that runs again between rounds.
+        rounds: most rounds; 1 = one-shot.
+        per_round: most tokens that a round adds; None = all over the threshold.
+        pattern: pairs that are taken away while blocks run again.
+        stage: before or after softmax.
+        early: whether the set must be known before the detection block runs.
+        prepared: what the detector's `prepare` returned.
+        neurons: reads the neurons that the detector lists.
+    """
+
+    name: str
+    detector: Detector
+    detect: int
+    restart: int
+    rounds: int = 1
+    per_round: int | None = None
+    pattern: str = "type1"
+    stage: str = "mask"
+    early: bool = False
+    prepared: Any = None
+    neurons: NeuronTap | None = None
+
+    @property
+    def iterative(self) -> bool:
+        """Whether blocks run again."""
+        return self.rounds > 1
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether hidden states are all that the detector needs."""
+        return self.detector.reads == "hidden"
+
+    @property
+    def reruns(self) -> range:
+        """Blocks that run again, the detection block among them."""
+        return range(self.restart if self.iterative else self.detect, self.detect + 1)
+
+    @property
+    def probes(self) -> bool:
+        """Whether the detection block is looked into before it runs."""
+        return self.iterative or self.early
+
+    def removal(self, found: Found) -> Removal:
+        """What is taken away of attention once these tokens are found."""
+        if found.rows is None:
+            found.rows = ops.token_rows(found.tokens)
+        return Removal(found.tokens, self.pattern, self.stage, *found.rows)
+
+
+@dataclass
+class Found:
+    """What a search found in one batch.
+
+    Attributes:
+        tokens: the set, bool `[b n]`.
+        ranks: the round in which each token was found, from 1; 0 = not found; long `[b n]`.
+        scores: of an iterative search, how far each token stood out when it was found, else 0.
+        rows: `ops.token_rows(tokens)`, once somebody asks for it.
+    """
+
+    tokens: Tensor
+    ranks: Tensor
+    scores: Tensor
+    rows: tuple[Tensor, Tensor] | None = None
+
+    def of(self, pictures: Tensor) -> Found:
+        """The same of some pictures of the batch, long `[p]`."""
+        return Found(self.tokens[pictures], self.ranks[pictures], self.scores[pictures])
+
+
+@dataclass
+class Pass:
+    """What one forward pass leaves for its later blocks.
+
+    Attributes:
+        last: the block that ran last.
+        nth: how many blocks with the attention variant ran.
+        grid: (rows, columns) of the patch tokens.
+        found: by the name of the search.
+        shared: by attention variants.
+        calls: positional and keyword arguments of the blocks that may run again.
+        restarts: `nth` and `shared` as they were when such a block began.
+    """
+
+    last: int = -1
+    nth: int = 0
+    grid: tuple[int, int] | None = None
+    found: dict[str, Found] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    restarts: dict[int, tuple[int, dict[str, Tensor]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Again:
+    """What a block does when it runs again.
+
+    Attributes:
+        x: its input `[b n c]`.
+        removal: what is taken out of its attention.
+        probe: stop at its attention, and tell queries and keys.
+    """
+
+    x: Tensor
+    removal: Removal | None = None
+    probe: bool = False
+
+
+class Finder:
+    """Looks for tokens, and runs blocks again for it.
+
+    Args:
+        blocks: the host's blocks.
+        seam: the seam of a block that runs again.
+        prefix: hidden states -> number of prefix tokens.
+        has_cls: number of prefix tokens -> whether token 0 is CLS.
+
+    Attributes:
+        counts: of every batch so far, tokens of T and rounds by picture, long `[b]` each.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        seam: Callable[[int, Again], AttentionSeam],
+        prefix: Callable[[Tensor], int],
+        has_cls: Callable[[int], bool],
+    ) -> None:
+        self.blocks = blocks
+        self.seam = seam
+        self.prefix = prefix
+        self.has_cls = has_cls
+        self.counts: list[tuple[Tensor, Tensor]] = []
+
+    def look(self, search: Search, state: Pass, x: Tensor, call: Call | None = None) -> None:
+        """Rounds of detection until nothing new is found; what is found goes to the pass.
+
+        Each picture's set depends on itself alone: one that is done finds nothing new in the
+        rounds that its batch mates still need.
+
+        Args:
+            search: how.
+            state: the pass.
+            x: input of the detection block `[b n c]`.
+            call: its queries, keys, mask and scale, where it is running.
+
+        Raises:
+            ValueError: nothing would be left to attend to.
+        """
+        shown = self._evidence(search, state, x, None, call)
+        new, scores = _strongest(search, shown, search.detector(shown))
+        found = Found(new, new.long(), scores)
+        for number in range(2, search.rounds + 1):
+            still = new.any(1).nonzero()[:, 0]  # pictures that may find more
+            if len(still) == 0:
+                break
+            part = found.of(still)
+            removals = dict.fromkeys(search.reruns, search.removal(part))
+            again = self._rerun(search, state, removals, only=still)
+            shown = self._evidence(search, state, again, part, only=still)
+            more, scores = _strongest(search, shown, search.detector(shown) & ~part.tokens)
+            new = torch.zeros_like(new).index_copy(0, still, more)
+            found = Found(
+                found.tokens | new,
+                found.ranks + number * new,
+                found.scores.index_add(0, still, scores),
+            )
+        state.found[search.name] = found
+        if search.name == "mask":
+            self._check(search, found.tokens)
+            search.removal(found)  # finds the rows of T once, outside of any timed attention
+            self.counts.append((found.tokens.sum(1), found.ranks.amax(1)))
+
+    def masked(self, search: Search, state: Pass, layers: Sequence[int]) -> Tensor:
+        """The detection block's input `[b n c]` once these blocks before it are masked."""
+        removal = search.removal(state.found[search.name])
+        return self._rerun(search, state, dict.fromkeys(layers, removal), stay=True)
+
+    def _evidence(
+        self,
+        search: Search,
+        state: Pass,
+        x: Tensor,
+        found: Found | None,
+        call: Call | None = None,
+        only: Tensor | None = None,
+    ) -> Evidence:
+        if call is None and not search.reads_hidden:
+            try:
+                self._run(search.detect, state, Again(x, probe=True), only)
+            except Probed as seen:
+                call = seen.call
+        q, k, attn_mask, scale = call or (None, None, None, 1.0)
+        prefix = self.prefix(x)
+        return Evidence(
+            x,
+            prefix,
+            self.has_cls(prefix),
+            grid=state.grid,
+            q=q,
+            k=k,
+            scale=scale,
+            bias=_as_bias(attn_mask, x.dtype),
+            found=None if found is None else found.tokens,
+            stage=search.stage,
+            neurons=None if search.neurons is None else search.neurons.read(),
+            prepared=search.prepared,
+        )
+
+    def _rerun(
+        self,
+        search: Search,
+        state: Pass,
+        removals: dict[int, Removal],
+        *,
+        only: Tensor | None = None,
+        stay: bool = False,
+    ) -> Tensor:
+        """Run the blocks before detection again; returns the input of the detection block.
+
+        `only` names pictures of the batch. Later blocks see what these leave for them if they are
+        to `stay`.
+        """
+        here = state.nth, state.shared
+        state.nth, shared = state.restarts[search.restart]
+        x = hidden(*state.calls[search.restart], "")
+        state.shared = {key: _of(value, only) for key, value in shared.items()}
+        x = _of(x, only)
+        for layer in range(search.restart, search.detect):
+            x = self._run(layer, state, Again(x, removals.get(layer)), only)
+        if not stay:
+            state.nth, state.shared = here
+        return x
+
+    def _run(self, layer: int, state: Pass, again: Again, only: Tensor | None) -> Tensor:
+        args, kwargs = state.calls[layer]
+        batch = hidden(args, kwargs, "").shape[0]
+        if only is not None:
+            # Of the other arguments, masks alone know the pictures: [b h|1 n|1 n].
+            args, kwargs = tree_map(lambda part: _of_mask(part, only, batch), (args, kwargs))
+        args, kwargs = with_hidden(args, kwargs, again.x)
+        with self.seam(layer, again):  # forward, not the call: hooks belong to the main pass
+            out = self.blocks[layer].forward(*args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def _check(self, search: Search, tokens: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return
+        candidates = tokens.shape[1] - self.prefix(tokens)
+        full = (tokens.sum(1) == candidates).nonzero()[:, 0].tolist()
+        if full:
+            raise ValueError(
+                f"mask.detector={search.detector.name} ({search.detector.threshold}) finds "
+                f"all {candidates} patch tokens of picture(s) {full} of the batch at block "
+                f"{search.detect}, so nothing would be left to attend to; raise its threshold."
+            )
+
+
+def plan_searches(
+    attn: AttentionVariant,
+    mask: Mask,
+    attn_layers: Sequence[int],
+    mask_layers: Sequence[int],
+    *,
+    depth: int,
+    detect: int | None,
+    restart: int | None,
+) -> list[Search]:
+    """How the mask's tokens and the variant's token classes are looked for.
+
+    Classes are the published ones: massive tokens draw CLS with 0.3 of its own weight, at once;
+    artifacts are what an iterative search at 1.0 finds beside them.
+
+    Raises:
+        ValueError: a block does not exist, or comes too late.
+    """
+    usual = round(RESTART * depth)
+    searches = []
+    if mask.looks:
+        seen = next((d for d in (mask.detect, detect) if d is not None), mask_layers[0])
+        again = next((r for r in (mask.restart, restart) if r is not None), min(usual, seen))
+        parse_layers(seen, depth, setting="mask.detect")
+        parse_layers(again, depth, setting="mask.restart")
+        iterative = mask.rounds > 1
+        if again > seen:
+            raise ValueError(
+                f"mask.restart={again}: expected a block up to mask.detect={seen}, so that what "
+                "was found changes what is seen there."
+            )
+        if mask_layers[0] < seen and not (iterative and mask_layers[0] >= again):
+            raise ValueError(
+                f"mask.detect={seen}: tokens are detected after block {mask_layers[0]}, the first "
+                "one that masks them; expected that block or an earlier one"
+                + (f", or mask.restart up to {mask_layers[0]}." if iterative else ".")
+            )
+        searches.append(
+            Search(
+                "mask",
+                mask.detector,
+                seen,
+                again,
+                rounds=mask.rounds,
+                per_round=mask.per_round,
+                pattern=mask.pattern or "type1",
+                stage=mask.stage,
+                early=mask.rewrites,
+            )
+        )
+    if attn.token_classes:
+        seen = attn_layers[0] if detect is None else min(detect, attn_layers[0])
+        again = min(usual if restart is None else restart, seen)
+        # Artifacts are told from massive tokens, so those are looked for in any case.
+        searches.append(Search("massive", ClsProxyDetector(ratio=0.3), seen, again))
+        if "artifact" in attn.token_classes:
+            sinks = ClsProxyDetector(ratio=1.0)
+            searches.append(Search("artifact", sinks, seen, again, rounds=50, per_round=1))
+    return searches
+
+
+def _strongest(search: Search, shown: Evidence, new: Tensor) -> tuple[Tensor, Tensor]:
+    """The new tokens that a round may add, and how far they stand out."""
+    if not search.iterative:
+        return new, torch.zeros_like(new, dtype=torch.float32)
+    scores = search.detector.scores(shown).float()
+    if search.per_round is not None:
+        # Stable: of equal scores the token with the lower index comes first.
+        ranked = scores.masked_fill(~new, -torch.inf).sort(dim=1, descending=True, stable=True)
+        best = torch.zeros_like(new).scatter(1, ranked.indices[:, : search.per_round], True)
+        new = new & best
+    return new, scores.masked_fill(~new, 0)
+
+
+def _of(x: Tensor, pictures: Tensor | None) -> Tensor:
+    return x if pictures is None else x[pictures]
+
+
+def _of_mask(part: Any, pictures: Tensor, batch: int) -> Any:
+    is_mask = isinstance(part, Tensor) and part.ndim == 4 and part.shape[0] == batch
+    return part[pictures] if is_mask else part
+
+
+def _as_bias(attn_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if attn_mask is None or attn_mask.dtype != torch.bool:
+        return attn_mask
+    zeros = torch.zeros_like(attn_mask, dtype=dtype)
+    return zeros.masked_fill(~attn_mask, -torch.inf)

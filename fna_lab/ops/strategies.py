@@ -1,0 +1,185 @@
+"""What can be done with a token set T beside taking it out of attention."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fna_lab.ops.checks import check_bool, check_choice, check_float
+from fna_lab.ops.detectors import suppression
+
+REPLACEMENTS = ("mean", "permutation", "median")
+CORRECTIONS = ("relu_sum", "sum_relu")
+
+
+def replace_tokens(
+    x: Tensor,
+    tokens: Tensor,
+    how: str,
+    *,
+    prefix: int = 1,
+    grid: tuple[int, int] | None = None,
+    window: int = 7,
+    seed: int = 0,
+) -> Tensor:
+    """Put other tokens in the place of T.
+
+    `mean`: the mean of the picture's other patch tokens. `permutation`: each gets another patch
+    token of the picture, drawn at random. `median`: the patch token of median norm among those of
+    the window around it that are not in T (the picture's own median where all of them are).
+
+    Args:
+        x: hidden states `[b n c]`.
+        tokens: T, bool `[b n]`.
+        how: one of `REPLACEMENTS`.
+        prefix: number of prefix tokens, which are never put anywhere.
+        grid: (rows, columns) of the patch tokens; only `median` needs it.
+        window: side of the window of `median`, odd, in patches.
+        seed: of the draw, which depends on the number of tokens alone.
+
+    Returns:
+        `[b n c]`, equal to `x` outside of T.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes do not fit, a name is unknown, or the grid is missing.
+
+    Source: the token replacement of Fast Nystroem Attention's companion study.
+    """
+    check_float("x", x, 3, "[b n c]")
+    check_bool("tokens", tokens, tuple(x.shape[:2]))
+    check_choice("how", how, REPLACEMENTS)
+    patches, chosen = x[:, prefix:], tokens[:, prefix:]
+    free = ~chosen
+    if how == "mean":
+        weight = free[..., None].to(x.dtype)
+        other = (patches * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+        other = other.expand_as(patches)
+    elif how == "permutation":
+        generator = torch.Generator().manual_seed(seed)
+        size = patches.shape[1]
+        # One order of candidates a position; the first that is not in T is taken.
+        draw = torch.rand(size, size, generator=generator).to(x.device)
+        source = draw.masked_fill(~free[:, None], -1).argmax(2)  # [b p]
+        other = patches.gather(1, source[..., None].expand_as(patches))
+    else:
+        if grid is None or grid[0] * grid[1] != patches.shape[1]:
+            raise ValueError(f"Expected grid to hold {patches.shape[1]} patch tokens, got {grid}.")
+        if window < 1 or window % 2 == 0:
+            raise ValueError(f"Expected window to be an odd integer >= 1, got {window!r}.")
+        source = _median_neighbour(patches.float().norm(dim=-1), free, grid, window)
+        other = patches.gather(1, source[..., None].expand_as(patches))
+    replaced = torch.where(chosen[..., None], other, patches)
+    return torch.cat([x[:, :prefix], replaced], dim=1)
+
+
+def redistribute(
+    weights: Tensor,
+    tokens: Tensor,
+    *,
+    keep: float = 0.6,
+    max_share: float = 0.5,
+    min_patches: float = 0.2,
+    prefix: int = 1,
+) -> Tensor:
+    """Move attention from T to the other patch tokens, in proportion to what those have.
+
+    A row of a head is changed where the patch tokens draw at least `min_patches` of it and T at
+    most `max_share` of that; T then keeps a part of its weight. Rows still sum to what they did.
+
+    Args:
+        weights: attention `[b h n n]`.
+        tokens: T, bool `[b n]`.
+        keep: part of its weight that T keeps, 0 to 1.
+        max_share: most of the patch tokens' attention that T may have.
+        min_patches: least of a row's attention that the patch tokens must have.
+        prefix: number of prefix tokens.
+
+    Returns:
+        `[b h n n]`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes do not fit, or a share lies outside 0 to 1.
+
+    Source: Kang et al. 2025 (visual attention redistribution), for a ViT.
+    """
+    check_float("weights", weights, 4, "[b h n n]")
+    check_bool("tokens", tokens, (weights.shape[0], weights.shape[3]))
+    for name, value in (("keep", keep), ("max_share", max_share), ("min_patches", min_patches)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"Expected {name} from 0 to 1, got {value!r}.")
+    is_patch = torch.arange(weights.shape[3], device=weights.device) >= prefix
+    chosen = (tokens & is_patch)[:, None, None]
+    other = (~tokens & is_patch)[:, None, None]
+    mass = weights.masked_fill(~chosen, 0).sum(-1, keepdim=True)
+    rest = weights.masked_fill(~other, 0).sum(-1, keepdim=True)
+    patches = mass + rest
+    changed = (patches >= min_patches) & (mass <= max_share * patches) & (rest > 0)
+    grow = 1 + (1 - keep) * mass / rest.clamp(min=torch.finfo(weights.dtype).tiny)
+    moved = torch.where(chosen, keep * weights, torch.where(other, grow * weights, weights))
+    return torch.where(changed, moved, weights)
+
+
+def projection_correction(
+    weights: Tensor,
+    x: Tensor,
+    v: Tensor,
+    out_weight: Tensor,
+    pairs: Tensor,
+    *,
+    clamp: float = 0.0,
+    order: str = "relu_sum",
+) -> Tensor:
+    """What gives token i back of its own direction that other tokens take from it.
+
+    scale_i = sum_j m_ij sum_h A_hij relu(clamp - s_ijh) (`relu_sum`), or
+    sum_j m_ij relu(clamp - sum_h A_hij s_ijh) (`sum_relu`), with s of `suppression`.
+
+    Args:
+        weights: attention `[b h n n]`.
+        x: the block's input `[b n c]`.
+        v: values `[b h n d]`.
+        out_weight: weight of the output projection `[c h*d]`.
+        pairs: m, bool `[b n n]` (query, key).
+        clamp: least projection that is left alone.
+        order: one of `CORRECTIONS`.
+
+    Returns:
+        scale_i times the unit vector of x_i, `[b n c]`: to be added to the attention's output.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes do not fit, or the order is unknown.
+
+    Source: the projection correction of Fast Nystroem Attention's companion study.
+    """
+    check_choice("order", order, CORRECTIONS)
+    check_float("weights", weights, 4, "[b h n n]")
+    check_bool("pairs", pairs, (weights.shape[0], *weights.shape[2:]))
+    seen = suppression(x, v, out_weight)
+    if order == "relu_sum":
+        scale = (weights * (clamp - seen).clamp(min=0)).sum(1)
+    else:
+        scale = (clamp - (weights * seen).sum(1)).clamp(min=0)
+    scale = scale.masked_fill(~pairs, 0).sum(-1, keepdim=True)
+    return (scale * x / x.norm(dim=-1, keepdim=True)).to(x.dtype)
+
+
+def _median_neighbour(norms: Tensor, free: Tensor, grid: tuple[int, int], window: int) -> Tensor:
+    """For each patch the index of the free token of median norm around it: long `[b p]`."""
+    batch, size = norms.shape
+    half = window // 2
+    padded = norms.masked_fill(~free, torch.inf).view(batch, 1, *grid)
+    padded = F.pad(padded, (half,) * 4, value=torch.inf)
+    around = F.unfold(padded, window)  # [b w*w p]
+    place = torch.arange(size, device=norms.device).view(1, 1, *grid).double()
+    place = F.unfold(F.pad(place, (half,) * 4), window).long()
+    order = around.sort(dim=1, stable=True)
+    count = around.isfinite().sum(1, keepdim=True)
+    middle = ((count - 1) // 2).clamp(min=0)
+    inside = place.expand(batch, -1, -1).gather(1, order.indices.gather(1, middle))[:, 0]
+    whole = norms.masked_fill(~free, torch.inf).sort(dim=1, stable=True).indices
+    centre = whole.gather(1, ((free.sum(1, keepdim=True) - 1) // 2).clamp(min=0))
+    return torch.where(count[:, 0] > 0, inside, centre)

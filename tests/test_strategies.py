@@ -1,0 +1,221 @@
+"""Replacement, redistribution and projection correction: maths, and through the seam."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hosts import HOSTS, build
+
+import fna_lab
+from fna_lab import ops
+from fna_lab.attn.base import AttentionVariant
+from fna_lab.backbone.blocks import find_blocks
+from fna_lab.backbone.parts import out_projection
+from fna_lab.mask.detector.norm_gap import NormGapDetector
+from fna_lab.mask.projection import ProjectionMask
+from fna_lab.mask.redistribute import RedistributeMask
+from fna_lab.mask.replace import ReplaceMask
+
+every_host = pytest.mark.parametrize("name", HOSTS)
+
+
+def drawn(seed=0, prefix=1, grid=(5, 6)):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, prefix + grid[0] * grid[1], 8, generator=generator, dtype=torch.float64)
+    tokens = torch.rand(3, x.shape[1], generator=generator) < 0.3
+    tokens[:, :prefix] = False
+    return x, tokens
+
+
+@pytest.mark.parametrize("how", ops.REPLACEMENTS)
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_replacement_leaves_the_others_and_takes_none_of_t(how, prefix):
+    x, tokens = drawn(prefix=prefix)
+    out = ops.replace_tokens(x, tokens, how, prefix=prefix, grid=(5, 6))
+    assert torch.equal(out[~tokens], x[~tokens])
+    x[tokens] = 100 + x[tokens]
+    assert torch.equal(ops.replace_tokens(x, tokens, how, prefix=prefix, grid=(5, 6)), out)
+    alone = [
+        ops.replace_tokens(a, t, how, prefix=prefix, grid=(5, 6))
+        for a, t in zip(x.split(1), tokens.split(1), strict=True)
+    ]
+    torch.testing.assert_close(torch.cat(alone), out)
+
+
+def test_replacements_are_what_they_say():
+    x, tokens = drawn()
+    mean = ops.replace_tokens(x, tokens, "mean")
+    swapped = ops.replace_tokens(x, tokens, "permutation")
+    median = ops.replace_tokens(x, tokens, "median", grid=(5, 6), window=3)
+    for b, i in tokens.nonzero().tolist():
+        others = x[b, 1:][~tokens[b, 1:]]
+        torch.testing.assert_close(mean[b, i], others.mean(0))
+        assert (others == swapped[b, i]).all(1).any()
+        row, column = divmod(i - 1, 6)
+        near = [
+            r * 6 + c + 1
+            for r in range(max(0, row - 1), min(5, row + 2))
+            for c in range(max(0, column - 1), min(6, column + 2))
+        ]
+        near = [j for j in near if not tokens[b, j]]
+        if not near:
+            continue  # see the next test
+        ranked = sorted(near, key=lambda j: (float(x[b, j].float().norm()), j))
+        assert torch.equal(median[b, i], x[b, ranked[(len(ranked) - 1) // 2]])
+    assert (mean[tokens] != swapped[tokens]).any()
+
+
+def test_median_of_a_surrounded_token_is_that_of_the_picture():
+    x, tokens = drawn()
+    tokens[:, 1:] = True
+    tokens[:, 30] = False
+    out = ops.replace_tokens(x, tokens, "median", grid=(5, 6), window=3)
+    assert torch.equal(out[:, 1], x[:, 30])
+
+
+def test_redistribution_row_by_row():
+    generator = torch.Generator().manual_seed(0)
+    scores = 2 * torch.randn(2, 3, 9, 9, generator=generator, dtype=torch.float64)
+    weights = scores.softmax(-1)
+    tokens = torch.zeros(2, 9, dtype=torch.bool)
+    tokens[0, [3, 5]] = tokens[1, 8] = True
+    out = ops.redistribute(weights, tokens, keep=0.25, max_share=0.4, min_patches=0.6, prefix=2)
+    changed = 0
+    for b in range(2):
+        sink, other = tokens[b].nonzero()[:, 0], (~tokens[b]).nonzero()[2:, 0]
+        for row, new in zip(weights[b].flatten(0, 1), out[b].flatten(0, 1), strict=True):
+            wanted = row.clone()
+            if row[2:].sum() >= 0.6 and row[sink].sum() <= 0.4 * row[2:].sum():
+                wanted[sink] *= 0.25
+                moved = row.sum() - wanted.sum()
+                wanted[other] += moved * row[other] / row[other].sum()
+                changed += 1
+            torch.testing.assert_close(new, wanted)
+    assert 5 < changed < 50
+    torch.testing.assert_close(out.sum(-1), torch.ones(2, 3, 9, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("order", ops.CORRECTIONS)
+def test_correction_token_by_token(order):
+    x, tokens = drawn()
+    generator = torch.Generator().manual_seed(1)
+    v = torch.randn(3, 2, 31, 4, generator=generator, dtype=torch.float64)
+    w = torch.randn(8, 8, generator=generator, dtype=torch.float64)
+    weights = torch.randn(3, 2, 31, 31, generator=generator, dtype=torch.float64).softmax(-1)
+    pairs = ops.removed_pairs(tokens, "type2")
+    out = ops.projection_correction(weights, x, v, w, pairs, clamp=0.1, order=order)
+    for b, i in ((0, 3), (1, 0), (2, 30)):
+        unit = x[b, i] / x[b, i].norm()
+        scale = 0.0
+        for j in range(31):
+            if not pairs[b, i, j]:
+                continue
+            parts = []
+            for h in range(2):
+                along = float(unit @ (w[:, 4 * h : 4 * h + 4] @ v[b, h, j]))
+                a = float(weights[b, h, i, j])
+                parts.append(a * max(0.1 - along, 0) if order == "relu_sum" else a * along)
+            scale += sum(parts) if order == "relu_sum" else max(0.1 - sum(parts), 0)
+        torch.testing.assert_close(out[b, i], scale * unit)
+
+
+@every_host
+@pytest.mark.parametrize("how", ops.REPLACEMENTS)
+def test_replacement_through_the_seam(name, how):
+    host, model, x = build(name)
+    before = host.run(model, x)
+    _, blocks = find_blocks(model)
+    seen = []
+    mask = ReplaceMask(how=how, detector=NormGapDetector(min_gap=0))
+    with fna_lab.patch(model, "exact", mask, mask_layers=[2], layers=[2]) as patched:
+        hook = blocks[2].register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+        together = host.run(model, x)
+        tokens = patched.tokens
+        hook.remove()
+        alone = torch.cat([host.run(model, p) for p in x.split(1)])
+    given = []
+    hook = blocks[2].register_forward_pre_hook(
+        lambda _, args, kwargs: given.append(args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True,
+    )
+    assert torch.equal(host.run(model, x), before)
+    hook.remove()
+    wanted = ops.replace_tokens(given[0], tokens, how, prefix=host.prefix, grid=(5, 5))
+    torch.testing.assert_close(seen[0], wanted)
+    assert not torch.equal(together, before)
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
+
+
+class Corrected(AttentionVariant):
+    """Keeps what a correction is made of."""
+
+    def __call__(self, q, k, v, context):
+        scores = context.scale * (q @ k.mT)
+        scores = scores if context.attn_mask is None else scores + context.attn_mask
+        self.weights, self.v, self.x = scores.softmax(-1), v, context.x
+        return self.weights @ v
+
+
+@every_host
+def test_correction_is_added_to_the_projected_output(name):
+    host, model, x = build(name)
+    _, blocks = find_blocks(model)
+    variant, outs = Corrected(), []
+    with fna_lab.patch(model, variant, layers=[2]):
+        host.run(model, x)
+    more = ops.projection_correction(
+        variant.weights,
+        variant.x,
+        variant.v,
+        out_projection(blocks[2]).weight,
+        torch.ones(3, *variant.weights.shape[2:], dtype=torch.bool),
+        clamp=0.5,
+    )
+    hook = blocks[2].register_forward_hook(
+        lambda _, args, out: outs.append(out[0] if isinstance(out, tuple) else out)
+    )
+    host.run(model, x)
+    with fna_lab.patch(model, "exact", ProjectionMask(clamp=0.5), mask_layers=[2], layers=[2]):
+        host.run(model, x)
+    with torch.no_grad():  # by hand: the same through the bias of the projection, token by token
+        projection = out_projection(blocks[2])
+        if type(projection) is torch.nn.Linear:
+            projection.register_forward_hook(lambda *a: a[2] + more)
+            host.run(model, x)
+            torch.testing.assert_close(outs[1], outs[2], rtol=1e-4, atol=1e-5)
+    hook.remove()
+    assert not torch.equal(outs[0], outs[1])
+
+
+def test_redistribution_through_the_seam_and_its_refusal():
+    host, model, x = build("timm vit")
+    mask = RedistributeMask(detector=NormGapDetector(min_gap=0), keep=0.0, max_share=1.0)
+    mask.shares["min_patches"] = 0.0
+    with fna_lab.patch(model, "exact", mask, mask_layers="2-3", layers="2-3"):
+        found = host.run(model, x)
+        alone = torch.cat([host.run(model, p) for p in x.split(1)])
+    assert not torch.equal(found, host.run(model, x))
+    torch.testing.assert_close(found, alone, rtol=1e-3, atol=1e-4)
+    keep_all = RedistributeMask(detector=NormGapDetector(min_gap=0), keep=1.0)
+    with fna_lab.patch(model, "exact", keep_all, mask_layers="2-3", layers="2-3"):
+        torch.testing.assert_close(host.run(model, x), host.run(model, x))
+    with pytest.raises(NotImplementedError, match="attn=fna cannot honour mask=redistribute"):
+        fna_lab.patch(model, "fna", mask)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: ReplaceMask(how="best"), "mask.how='best': expected one of mean"),
+        (lambda: ReplaceMask(window=4), "mask.window=4: expected an odd"),
+        (lambda: RedistributeMask(keep=2), "mask.keep=2: expected a number from 0 to 1"),
+        (lambda: ProjectionMask(order="sum"), "mask.order='sum'"),
+        (lambda: ProjectionMask(pairs="t"), "mask.pairs"),
+    ],
+)
+def test_bad_settings_are_named(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
