@@ -322,7 +322,7 @@ class LandmarkAttention(ReducedAttention):
         return any(c in DETECTED for c in self.exclude)
 
     def distinct(self, keys: Tensor | None, context: Context) -> bool:
-        """Whether no landmark can repeat among the keys, bool `[b n]`, as far as the host knows."""
+        """Whether no landmark can repeat among keys bool `[b n]`, as far as the host knows."""
         if self.may_repeat or keys is None:
             return not self.may_repeat
         removal = context.removal

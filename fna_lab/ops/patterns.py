@@ -183,7 +183,9 @@ def _without_keys(
     rows: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """Attention to kept keys, bool `[b n]`, alone; zeros where none is kept."""
-    few = rows is not None and rows[0].shape[1] < k.shape[2]
+    # Under `torch.compile` the largest number of removed tokens is not known.
+    known = rows is not None and not torch.compiler.is_compiling()
+    few = known and rows is not None and rows[0].shape[1] < k.shape[2]
     if rows is not None and few and len(keys) == 1 and bias is None:
         # One picture: the kept keys are so many, and without a mask the kernel is faster.
         kept = (~keys[0]).int().argsort(stable=True)[: k.shape[2] - rows[0].shape[1]]
