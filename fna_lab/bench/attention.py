@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -127,8 +129,8 @@ def chosen_variants(names: list[str] | None, console: Console) -> list[str]:
     Raises:
         ValueError: a name does not exist, or its package is not installed.
     """
-    files = Path(fna_lab.attn.__file__).parent.glob("*.py")
-    known = sorted({p.stem for p in files} - {"__init__", "base", "layers", "stopwatch"})
+    stems = sorted(p.stem for p in Path(fna_lab.attn.__file__).parent.glob("*.py"))
+    known = [stem for stem in stems if stem not in ("__init__", "base") and _is_variant(stem)]
     absent = [name for name in packages.ATTENTION if not packages.installed(name)]
     there = [name for name in packages.ATTENTION if name not in absent]
     if names is None or names == ["all"]:
@@ -143,6 +145,15 @@ def chosen_variants(names: list[str] | None, console: Console) -> list[str]:
             choice = ", ".join([*known, *packages.ATTENTION])
             raise ValueError(f"--variants {name}: there is no such variant; known: {choice}, all.")
     return names
+
+
+def _is_variant(stem: str) -> bool:
+    """Whether a file of `fna_lab.attn` holds a variant, and no part that variants share."""
+    module = importlib.import_module(f"fna_lab.attn.{stem}")
+    own = (
+        cls for cls in vars(module).values() if getattr(cls, "__module__", "") == module.__name__
+    )
+    return any(inspect.isclass(cls) and issubclass(cls, AttentionVariant) for cls in own)
 
 
 def named_variant(name: str, landmarks: int) -> AttentionVariant:
