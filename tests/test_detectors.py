@@ -209,8 +209,8 @@ def test_the_rules_of_incoming_attention(rule, log, taken):
         left = [t for t in range(1, N) if not (taken and t == 9)]
         values = {t: share[b, t].item() for t in left}
         if rule == "raw":
-            heights = {t: value * (N - taken) for t, value in values.items()}
-            wanted = {t for t in left if values[t] > 3.3 / (N - taken)}
+            heights = {t: value * (N - 1 - taken) for t, value in values.items()}
+            wanted = {t for t in left if values[t] > 3.3 / (N - 1 - taken)}
         else:
             values = {t: math.log(v) if log else v for t, v in values.items()}
             numbers = np.array(list(values.values()))
@@ -225,7 +225,7 @@ def test_the_rules_of_incoming_attention(rule, log, taken):
 
 def test_published_thresholds_are_the_defaults():
     assert IncomingDetector().factor == 9.0 and IncomingDetector(rule="std").factor == 7.0
-    share = torch.full((1, 100), 0.01)
+    share = torch.full((1, 101), 0.01)
     share[0, 5], share[0, 6] = 0.0899, 0.0901
     assert ops.incoming_sinks(share)[0].nonzero().tolist() == [[0, 6]]
     share = torch.arange(100.0)[None] / 1e4
@@ -290,6 +290,19 @@ def test_the_proxy_without_cls_is_the_raw_rule():
     one = ClsProxyDetector(ratio=0.3, top=1)(seen)
     assert one.sum(1).tolist() == [1, 1, int(ClsProxyDetector()(seen)[2].any())]
     assert torch.equal(one[0].nonzero()[0], ClsProxyDetector().scores(seen)[0].argmax()[None])
+
+
+def test_the_proxy_can_ask_for_more_than_uniform_shares():
+    seen = evidence(dtype=torch.float64)
+    row = slow_attention(seen, 0)[:, 0].mean(0)
+    for least in (0.0, 0.5, 4.0):
+        found = ClsProxyDetector(ratio=0.02, least=least)(seen)[0]
+        for t in range(1, N):
+            assert found[t].item() == (row[t] > max(0.02 * row[0], least / N))
+    assert (
+        ClsProxyDetector(ratio=0.02)(seen).sum()
+        > ClsProxyDetector(ratio=0.02, least=4.0)(seen).sum()
+    )
 
 
 def test_the_class_of_the_proxy_follows_its_ratio():
@@ -396,6 +409,7 @@ def test_hooks_of_patches_are_not_run_by_prepare():
             lambda: SingularDefectDetector(samples=9).prepare([torch.nn.Linear(9, 9)], 1),
             "samples=9: expected more than the 9 channels",
         ),
+        (lambda: ClsProxyDetector(least=-1), "mask.detector.least=-1"),
         (lambda: ClsProxyDetector(finds="odd"), "mask.detector.finds='odd'"),
         (lambda: DETECTORS["incoming raw"](Evidence(torch.zeros(1, 9, 4), 1, True)), "q and k"),
         (lambda: DETECTORS["singular_defect"](Evidence(torch.ones(1, 9, 4), 1, True)), "prepare"),

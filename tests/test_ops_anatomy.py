@@ -16,7 +16,7 @@ def tokens(prefix: int = 1, cls: bool = True, seed: int = 0, batch: int = 3, n: 
     massive[:, -1], artifact[:, -2] = True, True
     massive[:, -2] = False
     massive[:, -3], artifact[:, -3] = False, False
-    return ops.class_members(massive, artifact, num_prefix_tokens=prefix, has_cls=cls)
+    return ops.class_members(ops.token_classes(massive, artifact, prefix=prefix, has_cls=cls))
 
 
 @pytest.mark.parametrize(("prefix", "cls"), [(0, False), (1, True), (5, True), (4, False)])
@@ -26,13 +26,6 @@ def test_every_token_has_exactly_one_class(prefix: int, cls: bool) -> None:
     assert members[:, :, 0].sum(1).tolist() == [int(cls)] * 3
     assert members[:, :, 1].sum(1).tolist() == [prefix - int(cls)] * 3
     assert not members[:, :prefix, 2:].any()
-
-
-def test_massive_comes_before_artifact() -> None:
-    both = torch.tensor([[False, True, False]])
-    members = ops.class_members(both, torch.tensor([[True, True, True]]), num_prefix_tokens=1,
-                                has_cls=True)  # fmt: skip
-    assert members.int().argmax(-1).tolist() == [[0, 2, 3]]
 
 
 def test_sums_means_and_maxima_by_class_are_those_of_loops() -> None:
@@ -105,10 +98,7 @@ def test_top_activations_say_where() -> None:
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: ops.class_members(torch.ones(2, 3), torch.ones(2, 3), num_prefix_tokens=1,
-                                   has_cls=True), "massive to be a bool tensor"),
-        (lambda: ops.class_members(*torch.ones(2, 2, 3).bool(), num_prefix_tokens=0, has_cls=True),
-         "num_prefix_tokens >= 1"),
+        (lambda: ops.class_members(torch.ones(2, 3)), "classes to be a long tensor"),
         (lambda: ops.class_mean(torch.ones(2, 3).long(), torch.ones(2, 3, 5).bool()), "values"),
         (lambda: ops.class_sums(torch.ones(1, 1, 2, 3), torch.ones(1, 3, 5).bool(),
                                 torch.ones(1, 3, 5).bool()), "to fit"),

@@ -158,6 +158,18 @@ def test_exact_rows_are_those_of_exact_attention_and_no_others_change():
     assert not torch.allclose(plain, out)
 
 
+@pytest.mark.parametrize("gram", [False, True])
+def test_points_taken_first_in_one_step_give_the_same_picks(gram):
+    points = torch.randn(3, 60, 7, dtype=torch.float64)
+    first = torch.stack([torch.randperm(60)[:9] for _ in range(3)])
+    picks = ops.farthest_points(points, 20, first=first)
+    assert torch.equal(ops.farthest_points(points, 20, first=first, repeats=0, gram=gram), picks)
+    first[1, 5] = first[1, 2]  # a repeat gives way
+    behind = ops.farthest_points(points, 20, first=first, repeats=1, gram=gram)
+    assert all(len(set(row)) == 20 for row in behind.tolist())
+    assert torch.equal(behind[0], picks[0]) and set(first[1].tolist()) <= set(behind[1].tolist())
+
+
 def test_exact_rows_have_gradients():
     torch.manual_seed(0)
     qkv = [torch.randn(1, 2, 9, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]

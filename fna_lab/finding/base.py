@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.base import AttentionVariant
+from fna_lab.attn.base import AttentionVariant, Context
 from fna_lab.backbone.base import Backbone, Features
-from fna_lab.backbone.patch import patch
+from fna_lab.backbone.patch import Observer, patch
 from fna_lab.mask.base import Mask
+from fna_lab.mask.detector.base import Detector, Evidence
 from fna_lab.mask.detector.cls_proxy import ClsProxyDetector
 from fna_lab.mask.iterative_masking import IterativeMaskingMask
 from fna_lab.mask.iterative_sinking import IterativeSinkingMask
@@ -80,6 +81,25 @@ class Trace:
     strengths: Tensor | None
 
 
+class Given(Detector):
+    """Tokens that are known before.
+
+    Args:
+        tokens: bool `[b n]`.
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """The given tokens."""
+        return self.tokens & evidence.candidates()
+
+    def scores(self, evidence: Evidence) -> Tensor:
+        """All alike."""
+        return torch.zeros_like(self.tokens, dtype=evidence.x.dtype)
+
+
 class Lab:
     """A batch of pictures and a backbone, run under attention variants and masks.
 
@@ -124,11 +144,50 @@ class Lab:
         assert tokens is not None
         return tokens
 
+    def massive_facts(self) -> dict[str, Tensor]:
+        """How many there are, and their mean norm in medians before the mask block, `[b]` each."""
+        chosen = self.of_patches(self.massive())
+        before = self.plain().hidden[max(self.backbone.anatomy.detect - 1, 0)]
+        norms = self.norms(before)
+        norms = norms / norms.median(1, keepdim=True).values
+        return {"massive": chosen.sum(1), "norm": (norms * chosen).sum(1) / chosen.sum(1)}
+
     def oneshot(self, pattern: str, stage: str) -> Trace:
         """Massive tokens taken out at once, from the anatomy's mask block on."""
         kinds = {"type1": Type1Mask, "type2": Type2Mask}
         mask = kinds[pattern](stage=stage, detector=ClsProxyDetector(ratio=0.3))
         return self._once((pattern, stage), lambda: self.run(mask=mask))
+
+    def sinks(self) -> Tensor:
+        """Tokens that iterative masking takes out, massive ones first, bool `[b n]`."""
+        tokens = self.iterative("mask").tokens
+        assert tokens is not None
+        return tokens
+
+    def without(self, tokens: Tensor, pattern: str, stage: str) -> Trace:
+        """Given tokens taken out of attention from the restart block on."""
+        kinds = {"type1": Type1Mask, "type2": Type2Mask}
+        mask = kinds[pattern](stage=stage, detector=Given(tokens), detect=self.deep[0])
+        return self.run(mask=mask, layers=self.deep)
+
+    def strongest(self, tokens: Tensor, stage: str) -> Tensor:
+        """The strongest sink beside given ones that are taken out: a[CLS, t] / a[CLS, CLS] `[b]`.
+
+        Without CLS, the largest incoming attention in uniform shares.
+        """
+        seen: list[Tensor] = []
+
+        def observe(q: Tensor, k: Tensor, v: Tensor, context: Context) -> None:  # noqa: ARG001
+            if context.layer == self.backbone.anatomy.detect:
+                shown = Evidence(
+                    context.x, context.num_prefix_tokens, context.has_cls,
+                    q=q, k=k, scale=context.scale, found=tokens, stage=stage,
+                )  # fmt: skip
+                seen.append(ClsProxyDetector(ratio=1.0).scores(shown).amax(1))
+
+        mask = Type1Mask(stage=stage, detector=Given(tokens), detect=self.deep[0])
+        self.run(mask=mask, layers=self.deep, observer=observe)
+        return seen[0]
 
     def iterative(self, stage: str, pattern: str = "type1") -> Trace:
         """Sinks taken out one a round, from the restart block on."""
@@ -149,6 +208,7 @@ class Lab:
         mask: str | Mask = "none",
         *,
         layers: Sequence[int] | None = None,
+        observer: Observer | None = None,
         **settings: Any,
     ) -> Trace:
         """One forward pass.
@@ -157,6 +217,7 @@ class Lab:
             attn: the variant.
             mask: the strategy.
             layers: blocks that both act on; None = from the anatomy's mask block on.
+            observer: is shown the attention of those blocks.
             **settings: of the variant, where it is a name.
         """
         anatomy, depth = self.backbone.anatomy, self.backbone.depth
@@ -178,6 +239,7 @@ class Lab:
             restart=anatomy.restart,
             **settings,
         )
+        handle.observer = observer
         try:
             hooks = [b.register_forward_hook(keep) for b in self.backbone.blocks]
             features = self.backbone(self.images)

@@ -13,6 +13,7 @@ from fna_lab.finding.base import Finding, Lab, Mean, Plot, Verdict
 
 CLASSES = ("cls", "massive", "artifact")
 WAYS = ("ignore", "guarantee", "exclude")
+LEAST = 1e-6  # a smaller change of a cosine is rounding
 CELLS = tuple(product(WAYS, repeat=3))
 
 
@@ -36,16 +37,16 @@ class LandmarkClasses(Finding):
         found = {}
         for cell in CELLS:
             ways = dict(zip(CLASSES, cell, strict=True))
-            lists = {
-                way: [name for name in CLASSES if ways[name] == way]
-                for way in ("guarantee", "exclude")
-            }
-            trace = lab.run("fna_paper", num_landmarks=num, **lists)
+            trace = lab.run(
+                "fna_paper",
+                num_landmarks=num,
+                guarantee=[name for name in CLASSES if ways[name] == "guarantee"],
+                exclude=[name for name in CLASSES if ways[name] == "exclude"],
+            )
             pooled = trace.features.pooled.double()
             found["_".join(cell)] = torch.cosine_similarity(pooled, exact, dim=-1)
         massive = lab.massive()
-        sinks = lab.iterative("mask").tokens
-        assert sinks is not None
+        sinks = lab.sinks()
         found["massive_tokens"] = massive.sum(1).double()
         found["artifact_tokens"] = (sinks & ~massive).sum(1).double()
         return found
@@ -72,7 +73,7 @@ class LandmarkClasses(Finding):
             assert mean is not None
             said.append(f"{words} {mean.said('+.2g')}")
             numbers |= mean.numbers(f"{name}_difference")
-            up, down = mean.low > 0, mean.high < 0
+            up, down = mean.low > LEAST, mean.high < -LEAST
             holds.append(None if not (up or down) else up == (sign > 0))
         text = f"cosine changes by {'; '.join(said)}; best of 27: " + ", ".join(
             f"{name} {way}" for name, way in zip(CLASSES, best, strict=True)

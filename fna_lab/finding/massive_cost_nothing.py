@@ -8,30 +8,10 @@ import torch
 from torch import Tensor
 
 from fna_lab.backbone.base import Backbone
-from fna_lab.finding.base import Finding, Lab, Mean, Plot, Verdict, only
-from fna_lab.mask.detector.base import Detector, Evidence
+from fna_lab.finding.base import Finding, Given, Lab, Mean, Plot, Verdict, only
 from fna_lab.mask.type1 import Type1Mask
 
 ACCURACY, COSINE = 0.01, 0.99
-
-
-class Given(Detector):
-    """Tokens that are known before.
-
-    Args:
-        tokens: bool `[b n]`.
-    """
-
-    def __init__(self, tokens: Tensor) -> None:
-        self.tokens = tokens
-
-    def __call__(self, evidence: Evidence) -> Tensor:
-        """The given tokens."""
-        return self.tokens & evidence.candidates()
-
-    def scores(self, evidence: Evidence) -> Tensor:
-        """All alike."""
-        return torch.zeros_like(self.tokens, dtype=evidence.x.dtype)
 
 
 class MassiveCostNothing(Finding):

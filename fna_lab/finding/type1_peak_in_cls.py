@@ -19,7 +19,7 @@ class Type1PeakInCls(Finding):
     source = "masking patterns (MTA)"
     plot = Plot(
         "points",
-        {"plain": "untouched", "type1": "Type I"},
+        {"plain": "untouched", "type1": "all sinks masked\n(Type I)"},
         "largest activation of CLS /\nlargest of patch tokens",
         level=1.0,
         log=True,
@@ -27,10 +27,10 @@ class Type1PeakInCls(Finding):
 
     def measure(self, lab: Lab) -> dict[str, Tensor]:
         """Largest |activation| of CLS over that of the patch tokens, `[b]` each."""
-        some = lab.massive().any(1) & torch.tensor(lab.backbone.has_cls)
+        some = lab.sinks().any(1) & torch.tensor(lab.backbone.has_cls)
         prefix = lab.backbone.num_prefix_tokens
         found = {}
-        for name, trace in (("plain", lab.plain()), ("type1", lab.oneshot("type1", "mask"))):
+        for name, trace in (("plain", lab.plain()), ("type1", lab.iterative("mask"))):
             size = trace.hidden[-1].abs().amax(2)
             found[name] = only(size[:, 0] / size[:, prefix:].amax(1), some)
         return found

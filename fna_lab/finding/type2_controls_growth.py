@@ -12,7 +12,7 @@ from fna_lab.finding.base import Finding, Lab, Mean, Plot, Verdict, compared, on
 
 
 class Type2ControlsGrowth(Finding):
-    """The norm that masked massive tokens have at the end, with and without their own diagonal."""
+    """The largest sink at the end, with every sink sunk, with and without its own diagonal."""
 
     number = 4
     claim = "Type II masking controls the growth of massive tokens better than Type I."
@@ -20,19 +20,17 @@ class Type2ControlsGrowth(Finding):
     plot = Plot(
         "points",
         {"plain": "untouched", "type1": "Type I", "type2": "Type II"},
-        "largest norm of a massive token (medians)",
+        "largest norm of a sink (medians)",
         log=True,
     )
 
     def measure(self, lab: Lab) -> dict[str, Tensor]:
-        """Largest norm among massive tokens behind the last block, in medians, `[b]` each."""
-        chosen = lab.of_patches(lab.massive())
+        """Largest norm among sinks behind the last block, in medians untouched, `[b]` each."""
+        sinks = lab.sinks()
+        chosen = lab.of_patches(sinks)
         some = chosen.any(1)
-        traces = {
-            "plain": lab.plain(),
-            "type1": lab.oneshot("type1", "mask"),
-            "type2": lab.oneshot("type2", "mask"),
-        }
+        traces = {"plain": lab.plain()}
+        traces |= {name: lab.without(sinks, name, "sink") for name in ("type1", "type2")}
         unit = lab.norms(lab.plain().hidden[-1]).median(1).values
         return {
             name: only(
@@ -44,5 +42,5 @@ class Type2ControlsGrowth(Finding):
     def verdict(self, found: Mapping[str, Tensor], backbone: Backbone) -> Verdict:  # noqa: ARG002
         """On the mean log ratio of the two, in pairs."""
         ratio = Mean.of((found["type2"] / found["type1"]).log())
-        says = "largest norm of a massive token, log(Type II / Type I) = {mean} over {n} pictures"
+        says = "largest norm of a sink, log(Type II / Type I) = {mean} over {n} pictures"
         return compared(ratio, 0.0, says, "log_ratio", above=False)

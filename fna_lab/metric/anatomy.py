@@ -99,3 +99,31 @@ def norm_facts(x: Tensor, members: Tensor) -> dict[str, Tensor]:
     facts |= {"activations/second": top[:, 1], "activations/third": top[:, 2]}
     facts["activations/median"] = x.abs().flatten(1).median(1).values
     return facts | {"top_channel": (places[:, 0] % x.shape[2]).double()}
+
+
+def members_of(massive: Tensor, artifact: Tensor, *, prefix: int, has_cls: bool) -> Tensor:
+    """Which token is in which class, bool `[b n k]`, from the sets found, bool `[b n]` each."""
+    return ops.class_members(ops.token_classes(massive, artifact, prefix=prefix, has_cls=has_cls))
+
+
+def components(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Up to three principal components of patch tokens `[b p c]`; see `principal_components`."""
+    return ops.principal_components(x, min(3, *x.shape[1:]))
+
+
+def some_of_each(members: Tensor, num: int) -> Tensor:
+    """At most `num` tokens `[m]` of one picture, class by class.
+
+    All that stand out, up to half of them, and normal ones evenly spread.
+
+    Args:
+        members: bool `[n k]`, normal tokens last.
+        num: how many.
+    """
+    normal = members[:, -1]
+    order = members.int().argmax(-1).sort(stable=True).indices  # normal tokens come last
+    split = int((~normal).sum())
+    special, rest = order[:split][: num // 2], order[split:]
+    count = min(len(rest), num - len(special))
+    picks = torch.linspace(0, max(0, len(rest) - 1), count, device=rest.device).round().long()
+    return torch.cat([special, rest[picks]])

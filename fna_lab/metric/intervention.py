@@ -85,7 +85,17 @@ class WithoutTokens(AttentionVariant):
             row = sums.first.mean(1)
             score = row / row[:, :1]
         else:
-            score = drawn * (~self.removal.tokens).sum(1, keepdim=True) / 9
+            gone, stage, prefix = (
+                self.removal.tokens,
+                self.removal.stage,
+                context.num_prefix_tokens,
+            )
+            share = ops.incoming_share(
+                q, k, prefix=prefix, scale=context.scale, bias=context.attn_mask, found=gone,
+                stage=stage,
+            )  # fmt: skip
+            _, shares = ops.incoming_sinks(share, prefix=prefix, found=gone)
+            score = shares / ops.INCOMING_RULES["raw"]
         taken = self.removal.tokens.clone()
         taken[:, : context.num_prefix_tokens] = True
         return drawn, score.masked_fill(taken, -torch.inf)

@@ -197,4 +197,4 @@ def sink_facts(
 
 def by_class(group: str, values: Tensor) -> dict[str, Tensor]:
     """`[b k]` as one `[b]` a class, named `<group>/<class>`."""
-    return {f"{group}/{name}": values[:, i] for i, name in enumerate(ops.CLASSES)}
+    return {f"{group}/{name}": values[:, i] for i, name in enumerate(ops.TOKEN_CLASSES)}

@@ -5,45 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fna_lab.ops.checks import check_bool, check_float
+from fna_lab.ops.checks import check_bool, check_float, check_index
+from fna_lab.ops.token_classes import TOKEN_CLASSES
 
-CLASSES = ("cls", "register", "massive", "artifact", "normal")
 
-
-def class_members(
-    massive: Tensor, artifact: Tensor, *, num_prefix_tokens: int, has_cls: bool
-) -> Tensor:
-    """Which token belongs to which class; every token belongs to exactly one.
-
-    Prefix tokens are CLS or registers whatever was found; what is both massive and artifact is
-    massive.
-
-    Args:
-        massive: bool `[b n]`.
-        artifact: bool `[b n]`.
-        num_prefix_tokens: CLS and registers before the patch tokens.
-        has_cls: whether token 0 is CLS.
-
-    Returns:
-        bool `[b n 5]`, in the order of `CLASSES`.
+def class_members(classes: Tensor) -> Tensor:
+    """Which token belongs to which class: `token_classes` long `[b n]` -> bool `[b n 5]`.
 
     Raises:
-        TypeError: a set is not boolean.
-        ValueError: the sets do not fit, or there is a CLS and no prefix token.
+        TypeError: not a long tensor.
+        ValueError: not `[b n]`.
     """
-    if not isinstance(massive, Tensor) or massive.ndim != 2:
-        raise ValueError(f"Expected massive to be a bool tensor [b n], got {massive!r}.")
-    check_bool("massive", massive, tuple(massive.shape))
-    check_bool("artifact", artifact, tuple(massive.shape))
-    if num_prefix_tokens < int(has_cls):
-        raise ValueError(f"Expected num_prefix_tokens >= 1 with a CLS, got {num_prefix_tokens}.")
-    place = torch.arange(massive.shape[1], device=massive.device).expand_as(massive)
-    prefix = place < num_prefix_tokens
-    cls = prefix & (place == 0) if has_cls else torch.zeros_like(prefix)
-    massive = massive & ~prefix
-    artifact = artifact & ~prefix & ~massive
-    normal = ~(prefix | massive | artifact)
-    return torch.stack([cls, prefix & ~cls, massive, artifact, normal], dim=-1)
+    check_index("classes", classes, "[b n]")
+    places = torch.arange(len(TOKEN_CLASSES), device=classes.device)
+    return classes[..., None] == places
 
 
 def class_mean(values: Tensor, members: Tensor) -> Tensor:

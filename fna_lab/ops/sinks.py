@@ -117,7 +117,7 @@ def incoming_share(
             `attention_rows`.
 
     Returns:
-        `[b n]`, in at least float32; the uniform share is about 1 / n.
+        `[b n]`, in at least float32; the uniform share is about 1 / (number of patch tokens).
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -148,7 +148,7 @@ def incoming_sinks(
 ) -> tuple[Tensor, Tensor]:
     """Tokens that draw far more attention than the others, and by how much.
 
-    `raw`: share > factor / (number of tokens that are not taken away). `std`: share > mean +
+    `raw`: share > factor / (number of patch tokens that are not taken away). `std`: share > mean +
     factor standard deviations of the patch tokens that are left. Of n tokens none can lie more
     than (n - 1) / sqrt(n) deviations above the mean, so that 7 need at least 51.
 
@@ -183,8 +183,7 @@ def incoming_sinks(
         check_bool("found", found, tuple(share.shape))
         free = free & ~found
     if rule == "raw":
-        gone = 0 if found is None else found.sum(1, keepdim=True)
-        height = share * (share.shape[1] - gone)
+        height = share * free.sum(1, keepdim=True)
     else:
         height = standard_scores(share.clamp(min=1e-30).log() if log else share, free)
     height = height.masked_fill(~free, -torch.inf)

@@ -96,7 +96,8 @@ def over_blocks(axes: Axes, said: str, *, log: bool = False, x: str = "block") -
 
 def from_zero(axes: Axes) -> None:
     """Let the axis of values begin at 0, with room above."""
-    axes.set_ylim(0, 1.06 * axes.dataLim.y1)
+    top = float(axes.dataLim.y1)
+    axes.set_ylim(0, 1.06 * top if 0 < top < float("inf") else 1.0)  # nothing drawn: 1
 
 
 def whole(*axes: Axis) -> None:

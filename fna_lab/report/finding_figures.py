@@ -73,7 +73,6 @@ def _points(axes: Axes, columns: Mapping[str, np.ndarray], plot: Mapping[str, An
 def _series(axes: Axes, columns: Mapping[str, np.ndarray], plot: Mapping[str, Any]) -> None:
     """Means over the pictures that still find a token in that round, and how many those are."""
     for i, (name, values) in enumerate(columns.items()):
-        values = np.where(values > 0, values, np.nan)
         values = values[np.isfinite(values[:, 0])]
         counts = np.isfinite(values).sum(0)
         rounds = np.flatnonzero(counts)
@@ -83,8 +82,8 @@ def _series(axes: Axes, columns: Mapping[str, np.ndarray], plot: Mapping[str, An
             rounds + 1, means, color=COLOURS[i], marker=MARKERS[i], markersize=5, label=label
         )
         for one in values[:40]:
-            axes.plot(np.arange(len(one)) + 1, one, color=COLOURS[i], alpha=0.12, linewidth=0.8)
-    axes.set_xlabel("round")
+            axes.plot(np.arange(len(one)), one, color=COLOURS[i], alpha=0.12, linewidth=0.8)
+    axes.set_xlabel("tokens taken out")
     canvas.whole(axes.xaxis)
     _finish(axes, plot)
     axes.legend(frameon=False, fontsize=8)

@@ -26,7 +26,7 @@ def tokens(record: Record, arrays: Arrays) -> Figure:
     if (arrays["map_classes"][:, 0] == 0).all():
         rule = "massive: CLS attends to it with over 0.3 of its own weight"
     else:
-        rule = "massive: over three median norms"
+        rule = "massive: draws over 2.7 uniform shares"
     figure, panels = canvas.sheet(
         record, f"Tokens by class at block {detect} ({rule})", len(pixels), 3, size=(2.7, 2.4)
     )

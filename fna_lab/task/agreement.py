@@ -219,7 +219,7 @@ class Agreement(Task):
         """What every detector finds in patch tokens, and scores: `[k b p]`; and their grid."""
         seen: list[tuple[Tensor, Tensor, tuple[int, int]]] = []
 
-        def observe(q: Tensor, k: Tensor, context: Context) -> None:
+        def observe(q: Tensor, k: Tensor, v: Tensor, context: Context) -> None:  # noqa: ARG001
             if context.layer == self.block:
                 seen.append(self._judge(q, k, context))
 

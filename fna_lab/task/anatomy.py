@@ -11,10 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from fna_lab import ops
 from fna_lab.backbone.patch import patch
 from fna_lab.metric.alignment import alignment_facts, directions, suppression_facts
-from fna_lab.metric.anatomy import ArrayMean, norm_facts, token_facts
+from fna_lab.metric.anatomy import (
+    ArrayMean,
+    components,
+    members_of,
+    norm_facts,
+    some_of_each,
+    token_facts,
+)
 from fna_lab.metric.intervention import (
     BRANCHES,
     NoAttention,
@@ -132,28 +138,22 @@ class Anatomy(Task):
         self._note(noted, batch)
 
     def members(self, images: Tensor) -> Tensor:
-        """The class of every token, bool `[b n k]`, at the detection block of the model as it came.
+        """The class of every token at the detection block, bool `[b n k]`.
 
-        Massive: the CLS proxy at 0.3, or three median norms where there is no CLS. Artifact:
-        sinks that are not massive, one taken out a round.
+        Massive: the CLS proxy at 0.3, or what stands in for it without a CLS. Artifact: sinks
+        that are not massive, found one a round.
         """
         backbone, anatomy = self.backbone, self.backbone.anatomy
+        with patch(
+            backbone.host,
+            Onlooker(),
+            layers=[anatomy.detect],
+            blocks=backbone.blocks_path,
+            restart=min(anatomy.restart, anatomy.detect),
+        ) as onlooker:
+            self.features(images)
         prefix, has_cls = backbone.num_prefix_tokens, backbone.has_cls
-        if has_cls:
-            with patch(
-                backbone.host,
-                Onlooker(),
-                layers=[anatomy.detect],
-                blocks=backbone.blocks_path,
-                restart=min(anatomy.restart, anatomy.detect),
-            ) as onlooker:
-                self.features(images)
-            massive, artifact = onlooker.classes["massive"], onlooker.classes["artifact"]
-        else:
-            replay = backbone.replay(images, anatomy.detect, anatomy.detect)
-            massive = ops.norm_ratio(replay.inputs, prefix=prefix, ratio=3.0)
-            artifact = torch.zeros_like(massive)
-        return ops.class_members(massive, artifact, num_prefix_tokens=prefix, has_cls=has_cls)
+        return members_of(**onlooker.classes, prefix=prefix, has_cls=has_cls)
 
     def _block(
         self,
@@ -194,7 +194,7 @@ class Anatomy(Task):
             sums = attention_sums(q[:few], k[:few], near, members[:few], seen=seen, v=v[:few])
             facts |= suppression_facts(near.x, v[:few], weight, members[:few], sums)
             if layer == self.backbone.anatomy.detect and "matrix" not in self.maps:
-                tokens = _shown(members[0])
+                tokens = some_of_each(members[0], MATRIX)
                 part = (seen[0, :, tokens] @ v[0, :, tokens].float().mT).sum(0)
                 self.maps |= {"matrix": [part], "matrix_tokens": [tokens]}
         if "pca" in wanted and layer == self.backbone.anatomy.detect:
@@ -254,23 +254,25 @@ class Anatomy(Task):
         )
         facts: dict[str, Tensor] = {}
         for number in range(self.rounds + 1):
+            shown = {"removed": removed.sum(1).double()}
             new = torch.zeros_like(removed)
-            facts[f"decay/removed/{number:02d}"] = removed.sum(1).double()
             for branch, (stage, pattern) in BRANCHES.items():
                 variant = WithoutTokens(removed, stage, pattern)
-                shown: dict[str, Tensor] = {}
 
                 def look(
                     q: Tensor, k: Tensor, v: Tensor, context: Context,  # noqa: ARG001
-                    variant: WithoutTokens = variant, shown: dict[str, Tensor] = shown,
+                    variant: WithoutTokens = variant, branch: str = branch,
+                    shown: dict[str, Tensor] = shown, new: Tensor = new,
                 ) -> None:  # fmt: skip
-                    if context.layer == anatomy.detect:
-                        # A replay passes no embedding that would tell the patch of registers.
-                        context = replace(context, num_prefix_tokens=prefix, has_cls=has_cls)
-                        drawn, score = variant.look(q, k, context)
-                        gone = variant.removal.tokens
-                        facts = round_facts(drawn, score, context.x, gone, prefix)
-                        shown.update(facts, score=score)
+                    if context.layer != anatomy.detect:
+                        return
+                    # A replay passes no embedding that would tell the patch of registers.
+                    context = replace(context, num_prefix_tokens=prefix, has_cls=has_cls)
+                    drawn, score = variant.look(q, k, context)
+                    found = round_facts(drawn, score, context.x, variant.removal.tokens, prefix)
+                    shown.update({f"{name}_{branch}": value for name, value in found.items()})
+                    if branch == "mask":
+                        new |= next_sink(score)
 
                 path = backbone.blocks_path
                 with (
@@ -278,11 +280,10 @@ class Anatomy(Task):
                     probe.observed(look),
                 ):
                     replay()
-                score = shown.pop("score")
-                if branch == "mask":
-                    new = next_sink(score)
-                for name, value in shown.items():
-                    facts[f"decay/{name}_{branch}/{number:02d}"] = value
+            # A picture that is done stays as it is, whether its batch mates go on or not.
+            rest = (number,) if bool(new.any()) else range(number, self.rounds + 1)
+            for later in rest:
+                facts |= {f"decay/{name}/{later:02d}": value for name, value in shown.items()}
             if not bool(new.any()):
                 break
             removed = removed | new
@@ -290,7 +291,7 @@ class Anatomy(Task):
 
     def _components(self, name: str, x: Tensor) -> Tensor:
         """Keep the first components of patch tokens; the shares that they explain `[b k]`."""
-        scores, shares = ops.principal_components(x, min(3, *x.shape[1:]))
+        scores, shares = components(x)
         self.maps.setdefault(f"pca_{name}", []).append(scores.float())
         return shares
 
@@ -322,6 +323,9 @@ class Anatomy(Task):
 
     def results(self) -> dict[str, float]:
         """The metrics as plain numbers by name, without classes that no picture has."""
+        # The first row says which columns there are.
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        self.rows = [{name: row.get(name) for name in names} for row in self.rows]
         anatomy = vars(self.backbone.anatomy)
         self.arrays = {name: torch.tensor(block).numpy() for name, block in anatomy.items()}
         for name, value in _stacked({k: m.compute() for k, m in self.means.items()}).items():  # type: ignore[operator]
@@ -337,18 +341,6 @@ class Anatomy(Task):
             return None
         covered = (batch["segmentation"] > 0).float()[:, None]
         return F.adaptive_avg_pool2d(covered, self.backbone.grid).flatten(1)
-
-
-def _shown(members: Tensor) -> Tensor:
-    """Tokens `[m]` of one picture, class by class: all that stand out, and normal ones evenly."""
-    normal = members[:, -1]
-    special = members.int().argmax(-1).masked_fill(normal, len(ops.CLASSES))
-    order = special.sort(stable=True).indices
-    special, normal = order[: int((~normal).sum())], order[int((~normal).sum()) :]
-    special = special[: MATRIX // 2]
-    count = min(len(normal), MATRIX - len(special))
-    picks = torch.linspace(0, len(normal) - 1, count).round().long()
-    return torch.cat([special, normal[picks.to(normal.device)]])
 
 
 def _stacked(values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -49,6 +49,7 @@ class Findings(Task):
         self.findings = named_findings(findings)
         self.rounds = rounds
         self._texts: Tensor | None = None
+        self._tokens: dict[str, list[Tensor]] = {}
         self._noted: dict[str, dict[str, list[Tensor]]] = {f.name: {} for f in self.findings}
 
     def on_test_start(self) -> None:
@@ -69,6 +70,8 @@ class Findings(Task):
         rows = [
             {"index": int(batch["index"][i]), "name": name} for i, name in enumerate(batch["name"])
         ]
+        for column, values in lab.massive_facts().items():
+            self._tokens.setdefault(column, []).append(values.cpu())
         for finding in self.findings:
             for column, values in finding.measure(lab).items():
                 self._noted[finding.name].setdefault(column, []).append(values.cpu())
@@ -80,6 +83,14 @@ class Findings(Task):
     def results(self) -> dict[str, float]:
         """The verdicts' numbers, as `<finding>/<number>`; `holds` is 1 or 0, absent where open."""
         found = super().results()
+        tokens = {name: torch.cat(parts) for name, parts in self._tokens.items()}
+        some = tokens["massive"] > 0
+        self.extra["massive_tokens"] = {
+            "pictures": len(some),
+            "with_some": int(some.sum()),
+            "mean": tokens["massive"].double().mean().item(),
+            "norm_medians": tokens["norm"][some].mean().item() if some.any() else None,
+        }
         self.extra["findings"] = []
         for finding in self.findings:
             columns = {c: torch.cat(parts) for c, parts in self._noted[finding.name].items()}

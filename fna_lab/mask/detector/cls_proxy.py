@@ -18,6 +18,9 @@ class ClsProxyDetector(Detector):
     Args:
         ratio: the threshold.
         top: at most so many tokens of a picture; None = no limit.
+        least: a[CLS, t] must also exceed so many uniform shares 1 / n. 0 as published, where CLS
+            that attends evenly, itself included, draws almost every token into T; 3 leaves such
+            pictures alone.
         finds: the class of its tokens, `massive` or `artifact`; None = `artifact` from ratio 1
             on, as sinks, else `massive`.
 
@@ -28,15 +31,23 @@ class ClsProxyDetector(Detector):
     reads = "attention"
 
     def __init__(
-        self, *, ratio: float = 0.3, top: int | None = None, finds: str | None = None
+        self,
+        *,
+        ratio: float = 0.3,
+        top: int | None = None,
+        least: float = 0.0,
+        finds: str | None = None,
     ) -> None:
         check_positive("ratio", ratio)
+        if not least >= 0:
+            raise ValueError(f"mask.detector.least={least!r}: expected a number >= 0.")
         if top is not None and (not isinstance(top, int) or top < 1):
             raise ValueError(f"mask.detector.top={top!r}: expected an integer >= 1 or null.")
         if finds not in (None, "massive", "artifact"):
             raise ValueError(f"mask.detector.finds={finds!r}: expected massive, artifact or null.")
         self.ratio = ratio
         self.top = top
+        self.least = least
         self.finds = ("massive" if ratio < 1 else "artifact") if finds is None else finds
 
     def __call__(self, evidence: Evidence) -> Tensor:
@@ -44,7 +55,8 @@ class ClsProxyDetector(Detector):
         if evidence.has_cls:
             known = ~evidence.candidates()
             row = evidence.cls_row()
-            return ops.cls_proxy(row, ratio=self.ratio, top=self.top, found=known)
+            found = ops.cls_proxy(row, ratio=self.ratio, top=self.top, found=known)
+            return found & (row[:, :, 0].mean(1) * row.shape[-1] > self.least)
         scores = self.scores(evidence)
         found = scores > self.ratio
         if self.top is None:
