@@ -213,7 +213,8 @@ class KeyMaskedAttention(AttentionVariant):
         if context.removed is not None:
             keys = ~context.removed if keys is None else keys & ~context.removed
         sunk = removal is not None and removal.stage == "sink"
-        values = v.masked_fill(removal.tokens[:, None, :, None], 0) if removal and sunk else v
+        rows = (removal.rows, removal.valid) if removal else None
+        values = ops.zero_rows(v, removal.tokens, rows) if removal and sunk else v
         out = self.attend(q, k, values, context, keys=keys, bias=bias)
         if removal is None or removal.pattern == "type1":
             return out

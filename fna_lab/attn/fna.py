@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fna_lab import ops
 from fna_lab.attn.base import Context, LandmarkAttention
+from fna_lab.attn.classes import prefix_tokens
 from fna_lab.attn.guard import Guard
 from fna_lab.attn.landmarks.base import LandmarkSampler
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
@@ -76,12 +78,23 @@ class FastNystromAttention(LandmarkAttention):
     ) -> Tensor:
         """See `ops.nystrom_attention`."""
         more: dict[str, Any] = {"scale": context.scale, "solver": self.solver}
-        more |= {"keys": keys, "bias": bias, "distinct": not self.may_repeat}
+        more |= {"keys": keys, "bias": bias, "distinct": self._distinct(keys, context)}
         more["exact_rows"] = int(self.exact_cls and "cls" in self.guarantee and context.has_cls)
         landmarks = self.choose(q, k, keys, context)
         if self.guard is None:
             return ops.nystrom_attention(q, k, v, landmarks, **more)
         return self.guard.nystrom_attention(q, k, v, landmarks, layer=context.layer, **more)
+
+    def _distinct(self, keys: Tensor | None, context: Context) -> bool:
+        """Whether no landmark can repeat among keys bool `[b n]`, as far as the host knows."""
+        if self.may_repeat or keys is None:
+            return not self.may_repeat
+        removal = context.removal
+        # Under `torch.compile` the largest number of removed tokens is not known.
+        if removal is None or context.attn_mask is not None or torch.compiler.is_compiling():
+            return False
+        left = keys.shape[1] - removal.rows.shape[1] - len(prefix_tokens(self.exclude, context))
+        return left >= self.landmarks_at(context.layer, context.nth)
 
     def layer_flops(self, tokens: int, heads: int, head_dim: int) -> int:
         """FLOPs of the attention of one picture at one layer, without selection."""

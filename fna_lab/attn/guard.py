@@ -56,7 +56,7 @@ class Guard:
         solver: Solver,
         keys: Tensor | None = None,
         bias: Tensor | None = None,
-        distinct: bool = True,
+        distinct: bool | None = None,
         exact_rows: int = 0,
     ) -> Tensor:
         """`ops.nystrom_attention`, with what is worthless replaced: `[b h n d]` x3 -> `[b h n d]`.
@@ -71,7 +71,7 @@ class Guard:
             solver: the chosen one.
             keys: bool `[b n]`, True = may be attended to; None = all.
             bias: added to the logits, broadcastable to `[b h n n]`; None = nothing.
-            distinct: False where landmarks may repeat though `keys` is None.
+            distinct: whether no landmark repeats; None = as without `keys`, see `ops`.
             exact_rows: give so many of the first landmarks their exact outputs.
         """
         batch, heads = q.shape[:2]

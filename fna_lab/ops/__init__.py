@@ -36,6 +36,7 @@ from fna_lab.ops.cost import (
     break_even_tokens,
     farthest_points_flops,
     nystrom_flops,
+    spread_points_flops,
     subset_flops,
 )
 from fna_lab.ops.detectors import (
@@ -76,6 +77,7 @@ from fna_lab.ops.patterns import (
     removed_pairs,
     restore_own_rows,
     token_rows,
+    zero_rows,
 )
 from fna_lab.ops.points import farthest_points
 from fna_lab.ops.random_features import orthogonal_features, performer_attention
@@ -96,6 +98,7 @@ from fna_lab.ops.sinks import (
     standard_scores,
 )
 from fna_lab.ops.solvers import newton_schulz, ridge_solve
+from fna_lab.ops.spread import sketch_points, spread_points
 from fna_lab.ops.strategies import (
     CORRECTIONS,
     REPLACEMENTS,
@@ -185,6 +188,9 @@ __all__ = [
     "set_agreement",
     "set_counts",
     "sink_rate",
+    "sketch_points",
+    "spread_points",
+    "spread_points_flops",
     "solve_residual",
     "spread_queries",
     "standard_scores",
@@ -197,5 +203,6 @@ __all__ = [
     "top_activations",
     "top_register_neurons",
     "unmerge_tokens",
+    "zero_rows",
     "weight_facts",
 ]

@@ -51,6 +51,14 @@ def farthest_points_flops(tokens: int, channels: int, landmarks: int) -> int:
     return 3 * tokens * channels * landmarks
 
 
+def spread_points_flops(tokens: int, channels: int, landmarks: int, sketch: int | None) -> int:
+    """`spread_points` of one picture: the projection, and one product a landmark."""
+    _positive(tokens=tokens, channels=channels, landmarks=landmarks)
+    if sketch is None or sketch >= channels:
+        return 2 * tokens * channels * landmarks
+    return 2 * tokens * sketch * (channels + landmarks)
+
+
 def break_even_tokens(
     variant: Callable[[int], int], exact: Callable[[int], int], *, least: int = 1
 ) -> int | None:

@@ -28,7 +28,7 @@ def nystrom_attention(
     ridge: float = 1e-3,
     keys: Tensor | None = None,
     bias: Tensor | None = None,
-    distinct: bool = True,
+    distinct: bool | None = None,
     exact_rows: int = 0,
 ) -> Tensor:
     """Attention that is linear in n: softmax(s Q Kp') Z(A) softmax(s Qp K') V.
@@ -48,8 +48,8 @@ def nystrom_attention(
         ridge: regularisation of `ridge`.
         keys: bool `[b n]`, True = may be attended to; None = all. Landmarks must be such keys.
         bias: added to the logits, broadcastable to `[b h n n]`; None = nothing.
-        distinct: False where landmarks may repeat; a repeat then does not weigh twice. With `keys`
-            they always may.
+        distinct: False where landmarks may repeat; a repeat then does not weigh twice. None = they
+            may with `keys`, where few are kept, and not without.
         exact_rows: give so many of the first landmarks their exact outputs, softmax(s Qp K') V,
             which the chain has taken on its way anyhow.
 
@@ -81,7 +81,7 @@ def nystrom_attention(
     repeated = None
     if keys is not None:
         rows = only_keys(keys, rows)
-    if keys is not None or not distinct:
+    if not (keys is None if distinct is None else distinct):
         # Fewer kept keys than landmarks: the repeats must neither weigh twice nor make A singular.
         repeated = repeated_landmarks(landmarks)
         columns = only_keys(~repeated, columns)

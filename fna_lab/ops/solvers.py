@@ -63,7 +63,8 @@ def ridge_solve(kernel: Tensor, values: Tensor, ridge: float = 1e-3) -> Tensor:
     if not ridge > 0:
         raise ValueError(f"Expected ridge to be > 0, got {ridge!r}.")
     gram = kernel.mT @ kernel
-    gram = gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
     # cholesky_ex does not synchronise with the host; the ridge keeps the matrix definite.
     factor = torch.linalg.cholesky_ex(gram).L
-    return torch.cholesky_solve(kernel.mT @ values, factor)
+    # As close as `cholesky_solve`, and takes less time for a batch of small matrices.
+    return torch.cholesky_inverse(factor) @ (kernel.mT @ values)

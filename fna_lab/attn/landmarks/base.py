@@ -53,6 +53,13 @@ class LandmarkSampler(ABC):
             Token indices, long `[b m]`.
         """
 
+    def normed(self, x: Tensor) -> Tensor:
+        """What `points` is where `source=normed`: layer-normed tokens `[b n c]` -> `[b n c]`.
+
+        A sampler that sees a projection alone may return that, and saves the copy.
+        """
+        return F.layer_norm(x, x.shape[-1:])
+
     def drawn(
         self,
         q: Tensor,
@@ -150,7 +157,7 @@ def sampled_points(
     if source == "input":
         return context.x
     if source == "normed":
-        return F.layer_norm(context.x, context.x.shape[-1:])
+        return sampler.normed(context.x)
     if per_head:
         both = {"q": q, "k": k}.get(source)
         return (torch.cat([q, k], dim=-1) if both is None else both).flatten(0, 1)
