@@ -248,7 +248,7 @@ class LandmarkAttention(ReducedAttention):
         landmarks: the sampler.
         num_landmarks: landmarks m of each picture, CLS included.
         source: what it samples: the block's `input`, that input layer-`normed` (without the
-            host's affine part), the head mean of `q` or `k`, or `qk` of all heads side by side.
+            host's affine part), `q` or `k` of all heads side by side, or both (`qk`).
         renew: take landmarks anew every so many layers; 0 keeps those of the first layer.
         keep_cls: make CLS the first landmark where the host has one.
 
@@ -282,12 +282,33 @@ class LandmarkAttention(ReducedAttention):
     def flops(self, tokens: int, *, heads: int, head_dim: int, channels: int, layers: int) -> int:
         """FLOPs of the attention of one picture over so many layers, selection included."""
         renewals = -(-layers // self.renew) if self.renew else 1
-        width = {"q": head_dim, "k": head_dim, "qk": 2 * channels}.get(self.source, channels)
-        selection = self.landmarks.flops(tokens, width, self.num_landmarks)
+        selection = self.landmarks.flops(tokens, self.width(channels), self.num_landmarks)
         return layers * self.layer_flops(tokens, heads, head_dim) + renewals * selection
 
-    def choose(self, q: Tensor, k: Tensor, keys: Tensor | None, context: Context) -> Tensor:
+    def width(self, channels: int) -> int:
+        """Channels of the `features`, for so many of the host."""
+        return (2 if self.source == "qk" else 1) * channels
+
+    def features(self, q: Tensor, k: Tensor, context: Context) -> Tensor:
+        """What is sampled, as `source` says: `[b n c]`."""
+        if self.source == "input":
+            return context.x
+        if self.source == "normed":
+            return F.layer_norm(context.x, context.x.shape[-1:])
+        points = {"q": (q,), "k": (k,), "qk": (q, k)}[self.source]
+        return torch.cat([part.transpose(1, 2).flatten(2) for part in points], dim=2)
+
+    def choose(
+        self,
+        q: Tensor,
+        k: Tensor,
+        keys: Tensor | None,
+        context: Context,
+        points: Tensor | None = None,
+    ) -> Tensor:
         """Landmark indices, long `[b m]`: new ones, or those of an earlier layer of this pass.
+
+        `points` are the `features`, where they are known already.
 
         Raises:
             ValueError: more landmarks than tokens.
@@ -298,18 +319,10 @@ class LandmarkAttention(ReducedAttention):
         slot = "landmarks" if keys is None else "landmarks among kept keys"
         if slot in context.shared and (self.renew == 0 or context.nth % self.renew):
             return context.shared[slot]
-        if self.source == "input":
-            points = context.x
-        elif self.source == "normed":
-            points = F.layer_norm(context.x, context.x.shape[-1:])
-        elif self.source == "qk":
-            points = torch.cat([q, k], dim=1).transpose(1, 2).flatten(2)
-        else:
-            points = (q if self.source == "q" else k).mean(1)
         cls = q.new_zeros((batch, 1), dtype=torch.long)
         begin = context.stopwatch.now() if context.stopwatch else 0.0
         context.shared[slot] = self.landmarks(
-            points,
+            self.features(q, k, context) if points is None else points,
             self.num_landmarks,
             guaranteed=cls if self.keep_cls and context.has_cls else cls[:, :0],
             allowed=keys,

@@ -38,5 +38,7 @@ class PublishedFastNystromAttention(FastNystromAttention):
             source=source,
             renew=renew,
             keep_cls=keep_cls,
+            sketch=None,
             exact_cls=False,
+            clusters=False,
         )

@@ -2,9 +2,11 @@
 
 from fna_lab.ops.attention import attention, attention_pattern
 from fna_lab.ops.choices import cluster_medoids, grid_cells, leverage_scores, segment_centres
+from fna_lab.ops.clustered import cluster_means, clustered_attention, nearest_landmarks
 from fna_lab.ops.cost import (
     attention_flops,
     break_even_tokens,
+    clustered_flops,
     farthest_points_flops,
     nystrom_flops,
     subset_flops,
@@ -29,7 +31,7 @@ from fna_lab.ops.patterns import (
     restore_own_rows,
     token_rows,
 )
-from fna_lab.ops.points import farthest_points
+from fna_lab.ops.points import farthest_points, sketch_points
 from fna_lab.ops.random_features import orthogonal_features, performer_attention
 from fna_lab.ops.retrieval import knn_probabilities, recall_at_k
 from fna_lab.ops.segments import segment_weights
@@ -55,7 +57,10 @@ __all__ = [
     "check_pattern",
     "cls_proxy",
     "cls_row",
+    "cluster_means",
     "cluster_medoids",
+    "clustered_attention",
+    "clustered_flops",
     "farthest_points",
     "farthest_points_flops",
     "gather_tokens",
@@ -65,6 +70,7 @@ __all__ = [
     "leverage_scores",
     "masked_attention",
     "merge_tokens",
+    "nearest_landmarks",
     "newton_schulz",
     "norm_gap",
     "norm_ratio",
@@ -83,6 +89,7 @@ __all__ = [
     "ridge_solve",
     "segment_centres",
     "segment_weights",
+    "sketch_points",
     "subset_attention",
     "subset_flops",
     "suppression",
