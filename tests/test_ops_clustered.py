@@ -6,6 +6,7 @@ import torch
 from fna_lab import ops
 from fna_lab.attn.solver.pinv import PinvSolver
 from fna_lab.attn.solver.ridge import RidgeSolver
+from fna_lab.ops import clustered
 
 PINV, RIDGE = PinvSolver(), RidgeSolver(ridge=1e-2)
 
@@ -79,7 +80,10 @@ def test_a_landmark_is_its_own_among_equal_points_and_a_repeat_is_nobodys():
     assert members[0, [5, 2, 0]].tolist() == [0, 1, 3] and 2 not in members[0].tolist()
 
 
-def test_means_and_sizes_are_those_of_the_clusters():
+@pytest.mark.parametrize("take", [clustered._bagged_means, clustered._product_means])
+def test_means_and_sizes_are_those_of_the_clusters(take, monkeypatch):
+    # The first is for the CPU, the second for other devices.
+    monkeypatch.setattr(clustered, "_bagged_means", take)
     (x, _, _) = random_qkv(tokens=7)
     members = torch.tensor([[0, 0, 1, -1, 1, 1, 3], [2, 2, 2, 2, 2, 2, 2]])
     means, sizes = ops.cluster_means(x, members, 4)

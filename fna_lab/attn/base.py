@@ -295,8 +295,9 @@ class LandmarkAttention(ReducedAttention):
             return context.x
         if self.source == "normed":
             return F.layer_norm(context.x, context.x.shape[-1:])
-        points = {"q": (q,), "k": (k,), "qk": (q, k)}[self.source]
-        return torch.cat([part.transpose(1, 2).flatten(2) for part in points], dim=2)
+        if self.source == "qk":
+            return torch.cat([q, k], dim=1).transpose(1, 2).flatten(2)
+        return (q if self.source == "q" else k).transpose(1, 2).flatten(2)
 
     def choose(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab.ops.checks import check_bool, check_float, check_index, check_qkv, default_scale
@@ -60,13 +61,35 @@ def cluster_means(x: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]
         Means `[b h m d]`, zero where a cluster is empty, and sizes `[b m]`.
     """
     batch, heads, tokens, dim = x.shape
+    rows = x.transpose(1, 2).reshape(batch, tokens, heads * dim)
     wide = torch.promote_types(x.dtype, torch.float32)
-    # A product, not a scatter: it is the same at every run on every device, and as fast.
-    weights = (members[:, None] == torch.arange(num, device=x.device)[:, None]).to(wide)
+    take = _bagged_means if x.device.type == "cpu" else _product_means
+    means, sizes = take(rows.to(wide), members, num)
+    means = means.to(x.dtype)
+    return means.reshape(batch, num, heads, dim).transpose(1, 2), sizes
+
+
+def _product_means(rows: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Means `[b m c]` of rows `[b n c]`, and sizes `[b m]`, by a product: alike at every run."""
+    weights = (members[:, None] == torch.arange(num, device=rows.device)[:, None]).to(rows.dtype)
     sizes = weights.sum(2)
-    weights = weights / sizes.clamp(min=1)[..., None]
-    means = weights.to(x.dtype) @ x.transpose(1, 2).reshape(batch, tokens, heads * dim)
-    return means.view(batch, num, heads, dim).transpose(1, 2), sizes
+    return (weights / sizes.clamp(min=1)[..., None]) @ rows, sizes
+
+
+def _bagged_means(rows: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Means `[b m c]` of rows `[b n c]`, and sizes `[b m]`: sorted, then added up side by side."""
+    batch, tokens, channels = rows.shape
+    members, order = torch.where(members < 0, num, members).sort(dim=1, stable=True)
+    names = torch.arange(num + 1, device=rows.device).expand(batch, -1).contiguous()
+    begin = torch.searchsorted(members, names)
+    first = tokens * torch.arange(batch, device=rows.device)[:, None]
+    means = F.embedding_bag(
+        (order + first).flatten(),
+        rows.reshape(batch * tokens, channels),
+        (begin + first).flatten(),
+        mode="mean",
+    )
+    return means.view(batch, num + 1, channels)[:, :num], begin.diff(dim=1).to(rows.dtype)
 
 
 def clustered_attention(
@@ -157,4 +180,6 @@ def clustered_attention(
     if not exact_rows:
         return out
     index = landmarks[:, None, :exact_rows, None].expand(-1, q.shape[1], -1, q.shape[3])
-    return out.scatter(2, index, exact[:, :, :exact_rows])
+    if out.requires_grad:  # the fused kernel keeps its output for the backward pass
+        return out.scatter(2, index, exact[:, :, :exact_rows])
+    return out.scatter_(2, index, exact[:, :, :exact_rows])
