@@ -65,8 +65,9 @@ def cluster_means(x: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]
     wide = torch.promote_types(x.dtype, torch.float32)
     take = _bagged_means if x.device.type == "cpu" else _product_means
     means, sizes = take(rows.to(wide), members, num)
-    means = means.to(x.dtype)
-    return means.reshape(batch, num, heads, dim).transpose(1, 2), sizes
+    means = means.to(x.dtype).reshape(batch, num, heads, dim).transpose(1, 2)
+    # Contiguous, or the rounding of products with them depends on the batch.
+    return means.contiguous(), sizes
 
 
 def _product_means(rows: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]:
