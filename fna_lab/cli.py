@@ -44,8 +44,8 @@ def main() -> None:
     # Without this, Hydra prints a traceback of its own and leaves no chance to say what is wrong.
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = spread(sys.argv[1:])
     try:
+        sys.argv[1:] = spread(smoke(sys.argv[1:], conf_dir()))
         job()
     except Exception as error:
         if error not in failed.values():
@@ -56,6 +56,27 @@ def main() -> None:
     for label, error in failed.items():
         print(f"error: {label}{explain(error, conf_dir())}", file=sys.stderr)
     sys.exit(1 if failed else 0)
+
+
+def smoke(arguments: list[str], conf: Path) -> list[str]:
+    """Put what an experiment's `smoke_overrides` say before the user's own settings.
+
+    Raises:
+        ValueError: `smoke=true` without an experiment.
+    """
+    said = dict(text.split("=", 1) for text in arguments if "=" in text)
+    if said.get("smoke", "false").lower() != "true":
+        return arguments
+    path = conf / "experiment" / f"{said.get('experiment')}.yaml"
+    if "experiment" not in said:
+        raise ValueError("smoke=true: expected an experiment beside it, experiment=NAME.")
+    if not path.is_file():
+        return arguments  # Hydra says which experiments there are
+    node = OmegaConf.load(path)
+    more = OmegaConf.select(node, "smoke_overrides") or []
+    mine = [text for text in more if text.split("=")[0] not in said]
+    sweeps = OmegaConf.select(node, "hydra.mode") == "MULTIRUN"  # over what smoke names
+    return [*mine, *arguments, *(["--multirun"] if sweeps else [])]
 
 
 def spread(arguments: list[str]) -> list[str]:

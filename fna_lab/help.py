@@ -38,9 +38,9 @@ def print_help(conf: Path, console: Console) -> None:
 
 
 def first_comment(path: Path) -> str:
-    """The comment that opens a config file."""
-    line = path.read_text().split("\n", 1)[0]
-    return line.lstrip("# ") if line.startswith("#") else ""
+    """The comment that opens a config file, behind its package where it names one."""
+    lines = [line for line in path.read_text().split("\n") if not line.startswith("# @")]
+    return lines[0].lstrip("# ") if lines[0].startswith("#") else ""
 
 
 def explain(error: Exception, conf: Path) -> str:

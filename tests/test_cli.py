@@ -16,6 +16,7 @@ import torch
 
 from fna_lab.cli import conf_dir, main
 from fna_lab.help import first_comment
+from fna_lab.report.__main__ import main as report
 
 QUICK = ["data.count=6", "task.protocols=[zero_shot]", "task.cost=false", "trainer=cpu"]
 TINY_TIMM = ["backbone=timm", "backbone.name=vit_tiny_patch16_224.augreg_in21k_ft_in1k"]
@@ -76,6 +77,26 @@ def test_a_run_leaves_its_record_and_samples(capsys: pytest.CaptureFixture[str])
     said = capsys.readouterr().out
     assert "fna in blocks 4-7" in said and "num_landmarks=32" in said
     assert "knn3 accuracy" in said and "peak memory (MiB)" in said
+
+
+def test_anatomy_leaves_arrays_and_figures_that_can_be_drawn_again(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = ["task=anatomy", "task.measure=[facts,mass,growth,decay]", "task.rounds=1"]
+    (done,) = run(*settings, "data.count=5", "data.batch_size=2", "trainer=cpu")
+    rows = pq.read_table(done / "samples.parquet").to_pylist()
+    assert len(rows) == 5 and rows[0]["decay/removed/00"] == 0
+    assert rows[3]["growth/off/07"] > 0 and rows[4]["growth/off/07"] is None
+    names = {"mass", "growth", "decay", "tokens"}
+    assert {path.stem for path in (done / "figures").iterdir()} == names
+    said = capsys.readouterr().out
+    assert "mass: share of all attention" in said and "artifact" not in said.split("growth")[0]
+    (done / "figures" / "mass.png").unlink()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", ["report", str(done), "--figures"])
+        report()
+    assert (done / "figures" / "mass.png").stat().st_size > 10_000
+    assert "figures/mass.png" in capsys.readouterr().out
 
 
 def test_same_seed_same_numbers() -> None:

@@ -17,11 +17,12 @@ from fna_lab.help import first_comment
 CONF = conf_dir()
 FILES = sorted(CONF.rglob("*.yaml"))
 OPTIONS = [path.relative_to(CONF).with_suffix("").as_posix() for path in FILES]
-OPTIONS = [option for option in OPTIONS if "/" in option]
+EXPERIMENTS = [option for option in OPTIONS if option.startswith("experiment/")]
+OPTIONS = [option for option in OPTIONS if "/" in option and option not in EXPERIMENTS]
 PAIRED = ("attn", "attn/landmarks", "attn/solver", "mask", "mask/detector", "data", "task")
 # What only a run can give, and what only a run reads.
 GIVEN = {"data": {"transform"}, "task": {"backbone", "patched", "exact"}, "logger": {"save_dir"}}
-READ_BY_RUN = {"attn": {"layers"}}
+READ_BY_RUN = {"attn": {"layers", "budget"}}
 
 
 def composed(option: str) -> DictConfig:
@@ -75,12 +76,30 @@ def test_settings_behind_keywords_exist(option: str) -> None:
     assert settings <= parents_of(get_object(node["_target_"]))
 
 
+@pytest.mark.parametrize("option", EXPERIMENTS)
+def test_an_experiment_says_what_it_is_and_changes_what_exists(option: str) -> None:
+    name = option.rpartition("/")[2]
+    text = (CONF / f"{option}.yaml").read_text()
+    for words in (f"python -m fna_lab experiment={name}\n", "# Published: ", "# Expected: "):
+        assert words in text
+    smoke = OmegaConf.create(text)["smoke_overrides"]
+    assert len(smoke) >= 1
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=[f"experiment={name}"])
+        assert cfg.name == name
+        for group in ("backbone", "attn", "mask", "task", "data"):
+            target = cfg[group]["_target_"]
+            settings = {str(key) for key in cfg[group] if not str(key).startswith("_")}
+            known = parents_of(get_object(target))
+            assert settings - READ_BY_RUN.get(group, set()) <= known, group
+
+
 @pytest.mark.parametrize("group", PAIRED)
 def test_every_variant_is_one_file_and_one_yaml(group: str) -> None:
     package = importlib.import_module(f"fna_lab.{group.replace('/', '.')}")
     assert package.__file__ is not None
     modules = {p.stem for p in Path(package.__file__).parent.glob("*.py")}
-    shared = {"__init__", "base", "layers", "stopwatch", "shapes_world"}
+    shared = {"__init__", "base", "classes", "guard", "layers", "stopwatch", "shapes_world"}
     assert {p.stem for p in (CONF / group).glob("*.yaml")} == modules - shared
     for name in modules - shared:
         target = composed(f"{group}/{name}")["_target_"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +13,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fna_lab"
 FILES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text()) for path in FILES}
+ROOT = str(PACKAGE.parent)
+# The only files that may import triton, at their head: others import them inside functions.
+KERNELS = {PACKAGE / "ops/kernels" / name for name in ("nystrom.py", "points.py")}
 
 # Part of the package -> what it may import of the package beside itself.
 MAY = {
@@ -20,15 +26,18 @@ MAY = {
     "backbone": ("ops", "attn", "mask"),
     "data": (),
     "metric": ("ops", "attn.base", "attn.stopwatch"),
-    "task": ("metric", "attn.base", "backbone.base", "backbone.patch"),
+    "finding": ("ops", "attn.base", "mask", "backbone.base", "backbone.patch"),
+    "task": ("metric", "finding.base", "attn.base", "backbone.base", "backbone.neurons",
+             "backbone.patch", "mask.detector.base"),
     "report": (),
     "build": (),
     "help": (),
-    "run": ("build", "report", "attn.layers", "backbone.base", "backbone.patch", "data.base",
+    "run": ("build", "report", "attn.layers", "backbone.base",
+            "backbone.budget", "backbone.patch", "data.base",
             "task.base"),
     "cli": ("help", "run", "report"),
     "__main__": ("cli",),
-    "__init__": ("backbone.patch",),
+    "__init__": ("backbone.patch", "backbone.budget"),
     "bench": ("attn.base", "attn.layers", "attn.stopwatch", "backbone.named",
               "backbone.patch", "backbone.timm",
               "metric", "report"),
@@ -57,7 +66,7 @@ def part_of(path: Path) -> str:
 def imports(path: Path) -> set[str]:
     """Every module that a file imports, those for type checking too."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(TREES[path]):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -80,7 +89,22 @@ def test_imports_go_in_one_direction(path: Path) -> None:
         library = module.split(".")[0]
         assert part in ONLY.get(library, {part}), f"{part} must not import {library}"
         if part == "ops":
-            assert library in {"torch", "fna_lab"} | sys.stdlib_module_names
+            more = {"triton"} if path in KERNELS else set()
+            assert library in {"torch", "fna_lab"} | more | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_kernels_are_imported_inside_functions(path: Path) -> None:
+    top = {alias.name for n in TREES[path].body if isinstance(n, ast.Import) for alias in n.names}
+    top |= {n.module for n in TREES[path].body if isinstance(n, ast.ImportFrom) and n.module}
+    kernels = {f"fna_lab.ops.kernels.{kernel.stem}" for kernel in KERNELS}
+    assert not top & kernels
+
+
+def test_ops_do_without_triton() -> None:
+    code = "import sys; sys.modules['triton'] = None; import fna_lab.ops, torch; "
+    code += "fna_lab.ops.farthest_points(torch.rand(1, 9, 2), 3)"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": ROOT})
 
 
 GROUPS = ("attn", "attn/landmarks", "attn/solver", "mask", "mask/detector", "task")
@@ -89,7 +113,7 @@ GROUPS = ("attn", "attn/landmarks", "attn/solver", "mask", "mask/detector", "tas
 @pytest.mark.parametrize("group", GROUPS)
 def test_no_variant_imports_another_of_its_group(group: str) -> None:
     folder = PACKAGE / group
-    shared = {"base", "layers", "stopwatch", "__init__"}
+    shared = {"base", "classes", "guard", "layers", "stopwatch", "__init__"}
     variants = {p.stem for p in folder.glob("*.py")} - shared
     for name in variants:
         for module in imports(folder / f"{name}.py"):

@@ -190,7 +190,7 @@ def test_anatomy_sees_every_block_as_it_is(backbone: Backbone, mask: str) -> Non
     patched, exact = patches(backbone, mask=variants[mask], **settings)
     task = Anatomy(backbone=backbone, patched=patched, exact=exact, cost=False)
     found = measure(task, data)
-    blocks = {key.split("/")[1] for key in found if "/" in key}
+    blocks = {key.split("/")[-1] for key in found if "/" in key}
     assert blocks == {f"{i:02d}" for i in range(12)}
 
     # By hand: what timm itself says of attention, with its fused kernel switched off.
@@ -229,7 +229,7 @@ def test_anatomy_leaves_the_model_as_it_was(backbone: Backbone) -> None:
         with patch(backbone.host, "fna", layers="6-11", num_landmarks=4) as patched:
             plain = backbone(images).pooled
             seen = []
-            with patched.observed(lambda q, k, context: seen.append(context.layer)):
+            with patched.observed(lambda q, k, v, context: seen.append(context.layer)):
                 watched = backbone(images).pooled
             assert seen == list(range(12))
             assert torch.equal(watched, plain) and torch.equal(backbone(images).pooled, plain)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fna_lab import ops
 from fna_lab.attn.base import Context, LandmarkAttention
-from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.attn.guard import Guard
+from fna_lab.attn.landmarks.base import LandmarkSampler, source_points
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
+from fna_lab.attn.layers import Counts
 from fna_lab.attn.solver.base import Solver
 from fna_lab.attn.solver.ridge import RidgeSolver
 
@@ -21,14 +26,19 @@ class FastNystromAttention(LandmarkAttention):
     out = softmax(s Q Kp') Z(A) softmax(s Qp K') V with A = softmax(s Qp Kp').
 
     Args:
-        num_landmarks: landmarks m of each picture, CLS included.
+        num_landmarks: landmarks m of each picture, guaranteed ones included; one number, or one a
+            block.
         landmarks: the sampler; None = half a grid, half farthest points.
         solver: what stands for the inverse of A; None = ridge.
         source: what is sampled and clustered; see `LandmarkAttention`.
         sketch: project that to so many random dimensions first; None = no projection.
-        renew: take landmarks anew every so many layers, 0 = never.
-        keep_cls: make CLS the first landmark.
+        renew: take landmarks anew at `every` layer, every so many, or `never`.
+        guarantee: token classes that are landmarks; see `LandmarkAttention`.
+        exclude: token classes that are never landmarks.
+        per_head: every head samples its own landmarks, from its own q or k.
         exact_cls: give CLS its exact output, which the chain knows where CLS is a landmark.
+        guard: largest residual that is believed before ridge and then exact attention are taken,
+            see `Guard`; None = nobody looks.
         clusters: let landmarks stand for clusters of tokens.
         rows: tokens whose exact outputs the values are fitted to, for each landmark; 1 = the
             landmarks themselves. More of them fit better, and cost a thin attention each.
@@ -40,14 +50,17 @@ class FastNystromAttention(LandmarkAttention):
     def __init__(
         self,
         *,
-        num_landmarks: int = 64,
+        num_landmarks: Counts = 64,
         landmarks: LandmarkSampler | None = None,
         solver: Solver | None = None,
         source: str = "k",
         sketch: int | None = 64,
-        renew: int = 1,
-        keep_cls: bool = True,
+        renew: int | str = 1,
+        guarantee: Sequence[str] = ("cls",),
+        exclude: Sequence[str] = (),
+        per_head: bool = False,
         exact_cls: bool = True,
+        guard: float | None = None,
         clusters: bool = True,
         rows: int = 1,
     ) -> None:
@@ -56,7 +69,9 @@ class FastNystromAttention(LandmarkAttention):
             num_landmarks=num_landmarks,
             source=source,
             renew=renew,
-            keep_cls=keep_cls,
+            guarantee=guarantee,
+            exclude=exclude,
+            per_head=per_head,
         )
         if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
             raise ValueError(f"attn.rows={rows!r}: expected an integer >= 1.")
@@ -72,20 +87,14 @@ class FastNystromAttention(LandmarkAttention):
             )
         self.sketch = sketch
         self.exact_cls = exact_cls
+        self.guard = None if guard is None else Guard(guard)
         self.clusters = clusters
         self.rows = rows
 
     def width(self, channels: int) -> int:
-        """Channels of the `features`, for so many of the host."""
+        """Channels of what is sampled, for so many of the host (or of its heads)."""
         width = super().width(channels)
         return min(width, self.sketch or width)
-
-    def features(self, q: Tensor, k: Tensor, context: Context) -> Tensor:
-        """What is sampled and clustered, in a sketch: `[b n c]`."""
-        points = super().features(q, k, context)
-        if self.sketch is None or self.sketch >= points.shape[2]:
-            return points
-        return ops.sketch_points(points, self.sketch)
 
     def attend(
         self,
@@ -98,44 +107,48 @@ class FastNystromAttention(LandmarkAttention):
         bias: Tensor | None,
     ) -> Tensor:
         """See `ops.clustered_attention` and `ops.nystrom_attention`."""
-        exact_rows = int(self.exact_cls and self.keep_cls and context.has_cls)
-        if not self.clusters:
-            return ops.nystrom_attention(
-                q,
-                k,
-                v,
-                self.choose(q, k, keys, context),
-                scale=context.scale,
-                solver=self.solver,
-                keys=keys,
-                bias=bias,
-                exact_rows=exact_rows,
-            )
-        points = self.features(q, k, context)
-        landmarks = self.choose(q, k, keys, context, points)
+        more: dict[str, Any] = {"scale": context.scale, "solver": self.solver}
+        more |= {"keys": keys, "bias": bias, "distinct": not self.may_repeat}
+        more["exact_rows"] = int(self.exact_cls and "cls" in self.guarantee and context.has_cls)
+        points = self._points(q, k, context)
+        sampled = None if self.landmarks.reads == "attention" else points
+        landmarks = self.choose(q, k, keys, context, sampled)
+        attention = ops.nystrom_attention
+        if self.clusters:
+            attention = ops.clustered_attention
+            more["members"] = self._members(points, landmarks, keys, context)
+            more["more_rows"] = self._more_rows(landmarks, keys, q.shape[2])
+        if self.guard is None:
+            return attention(q, k, v, landmarks, **more)
+        return self.guard.attention(attention, q, k, v, landmarks, layer=context.layer, **more)
+
+    def _points(self, q: Tensor, k: Tensor, context: Context) -> Tensor:
+        """What is sampled and clustered, in a sketch: `[b n c]`, or per head `[b*h n c]`."""
+        points = source_points(self.source, q, k, context, per_head=self.per_head)
+        if self.sketch is None or self.sketch >= points.shape[2]:
+            return points
+        return ops.sketch_points(points, self.sketch)
+
+    def _members(
+        self, points: Tensor, landmarks: Tensor, keys: Tensor | None, context: Context
+    ) -> Tensor:
+        """The landmark of each token, long `[b n]`, or per head `[b h n]`."""
         begin = context.stopwatch.now() if context.stopwatch else 0.0
-        members = ops.nearest_landmarks(points, landmarks, allowed=keys)
+        if self.per_head and keys is not None:
+            keys = keys.repeat_interleave(landmarks.shape[1], dim=0)
+        marks = landmarks.flatten(0, 1) if self.per_head else landmarks
+        members = ops.nearest_landmarks(points, marks, allowed=keys)
+        if self.per_head:
+            members = members.unflatten(0, landmarks.shape[:2])
         if context.stopwatch:
             context.stopwatch.note("selection", begin)
-        return ops.clustered_attention(
-            q,
-            k,
-            v,
-            landmarks,
-            members,
-            self.solver,
-            scale=context.scale,
-            more_rows=self._more_rows(landmarks, keys, q.shape[2]),
-            keys=keys,
-            bias=bias,
-            exact_rows=exact_rows,
-        )
+        return members
 
     def _more_rows(self, landmarks: Tensor, keys: Tensor | None, tokens: int) -> Tensor | None:
         """Tokens at equal distances, long `[b t]`."""
         if self.rows == 1:
             return None
-        count = min((self.rows - 1) * self.num_landmarks, tokens)
+        count = min((self.rows - 1) * landmarks.shape[-1], tokens)
         if keys is None:
             keys = torch.ones((len(landmarks), tokens), dtype=torch.bool, device=landmarks.device)
         return ops.segment_centres(keys, count)

@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from fna_lab import ops
 from fna_lab.attn.base import Context, LandmarkAttention
 from fna_lab.attn.landmarks.base import LandmarkSampler
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
+from fna_lab.attn.layers import Counts
 
 
 class SubsetAttention(LandmarkAttention):
     """Every query attends to the landmarks and to nothing else: softmax(s Q Kp') Vp.
 
     Args:
-        num_landmarks: landmarks m of each picture, CLS included.
+        num_landmarks: landmarks m of each picture, guaranteed ones included; one number, or one a
+            block.
         landmarks: the sampler; None = half a grid, half farthest points.
         source: what is sampled; see `LandmarkAttention`.
-        renew: take landmarks anew every so many layers, 0 = never.
-        keep_cls: make CLS the first landmark.
+        renew: take landmarks anew at `every` layer, every so many, or `never`.
+        guarantee: token classes that are landmarks; see `LandmarkAttention`.
+        exclude: token classes that are never landmarks.
+        per_head: every head samples its own landmarks, from its own q or k.
     """
 
     def __init__(
         self,
         *,
-        num_landmarks: int = 64,
+        num_landmarks: Counts = 64,
         landmarks: LandmarkSampler | None = None,
         source: str = "normed",
-        renew: int = 1,
-        keep_cls: bool = True,
+        renew: int | str = 1,
+        guarantee: Sequence[str] = ("cls",),
+        exclude: Sequence[str] = (),
+        per_head: bool = False,
     ) -> None:
         super().__init__(
             landmarks=landmarks or GridFarthestPointLandmarks(),
             num_landmarks=num_landmarks,
             source=source,
             renew=renew,
-            keep_cls=keep_cls,
+            guarantee=guarantee,
+            exclude=exclude,
+            per_head=per_head,
         )
 
     def attend(
@@ -50,7 +60,7 @@ class SubsetAttention(LandmarkAttention):
     ) -> Tensor:
         """Exact attention over the landmark keys and values, which are kept keys all."""
         picks = self.choose(q, k, keys, context)
-        distinct = keys is None
+        distinct = keys is None and not self.may_repeat
         return ops.subset_attention(
             q, k, v, picks, scale=context.scale, bias=bias, distinct=distinct
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 from fna_lab.backbone.blocks import find_blocks, says_cls
+from fna_lab.backbone.parts import WithoutBias, out_projection, out_weight
+from fna_lab.backbone.replay import Replay
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,12 @@ class Features:
     cls: Tensor | None
     patches: Tensor
     grid: tuple[int, int]
+
+
+def compared(features: Features) -> list[Tensor]:
+    """The features that `task=fidelity` compares, `[b t c]` each: pooled, patches, CLS."""
+    found = [features.pooled[:, None], features.patches]
+    return found if features.cls is None else [*found, features.cls[:, None]]
 
 
 class Backbone(nn.Module):
@@ -143,6 +151,24 @@ class Backbone(nn.Module):
     def blocks(self) -> list[Any]:
         """The host's transformer blocks, in order."""
         return find_blocks(self.host, self.blocks_path)[1]
+
+    def out_weight(self, layer: int) -> Tensor:
+        """The weight `[c h*d]` by which attention of a block reaches the residual stream."""
+        return out_weight(self.blocks[layer])
+
+    def without_output_bias(self, layers: Iterable[int]) -> WithoutBias:
+        """A context in which the output projections of these blocks add no bias."""
+        return WithoutBias(out_projection(self.blocks[layer]) for layer in layers)
+
+    def replay(self, images: Tensor, first: int, last: int) -> Replay:
+        """Run the host once, so that some of its blocks can run again; see `Replay`."""
+        return Replay(self.blocks, lambda: self(images), first, last)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Normalised pictures `[b 3 h w]` as bytes to look at, uint8 `[b h w 3]`."""
+        mean, std = (images.new_tensor(part)[:, None, None] for part in (self.mean, self.std))
+        colours = (images * std + mean).clamp(0, 1) * 255
+        return colours.round().to(torch.uint8).permute(0, 2, 3, 1)
 
     @property
     def num_classes(self) -> int:

@@ -17,6 +17,7 @@ from fna_lab.attn.layers import parse_layers
 from fna_lab.attn.stopwatch import Stopwatch
 from fna_lab.backbone.blocks import find_blocks, find_patch_embedding, says_cls, says_prefix
 from fna_lab.backbone.named import resolve
+from fna_lab.backbone.neurons import NeuronTap
 from fna_lab.backbone.parts import out_projection
 from fna_lab.backbone.seam import (
     AttentionSeam,
@@ -30,7 +31,8 @@ from fna_lab.backbone.seam import (
 from fna_lab.backbone.search import Again, Finder, Found, Pass, Search, plan_searches
 from fna_lab.mask.base import Mask
 
-Observer = Callable[[Tensor, Tensor, Context], None]
+Observer = Callable[[Tensor, Tensor, Tensor, Context], None]
+Meter = Callable[[AttentionVariant, Tensor, Tensor, Tensor, Context], Tensor]
 
 # CLIP ViT-L/14, 24 blocks: detection, masks and FNA from block 13 on; others in proportion.
 START = 13 / 24
@@ -83,6 +85,7 @@ def patch(
     depth = len(found)
     default = range(round(START * depth), depth)
     attn_layers = parse_layers(default if layers is None else layers, depth, setting="attn.layers")
+    attention.check_layers(attn_layers)
     masked: tuple[int, ...] = ()
     if strategy.pattern is not None:
         attention.check(strategy.pattern)
@@ -112,7 +115,9 @@ class Patch:
         mask_layers: blocks whose attention is masked.
         searches: how tokens are looked for: those of the mask, and the variant's token classes.
         stopwatch: notes the time of attention and selection, None where nobody measures.
-        observer: is shown queries, keys and context before each attention, None = nobody looks.
+        observer: is shown q, k, v and context before each attention, None = nobody looks.
+        meter: stands in for the attention of the replaced blocks and is given the variant, None =
+            the variant itself attends.
         enabled: False while the model runs as it came.
     """
 
@@ -137,6 +142,7 @@ class Patch:
         self.enabled = True
         self.stopwatch: Stopwatch | None = None
         self.observer: Observer | None = None
+        self.meter: Meter | None = None
         self._path = path
         self._exact = resolve("exact", AttentionVariant, "fna_lab.attn", {})
         self._said_cls = says_cls(model)
@@ -169,6 +175,12 @@ class Patch:
         """The round in which each token of T was found, 0 = none, long `[b n]`."""
         found = self._pass.found.get("mask")
         return None if found is None else found.ranks
+
+    @property
+    def strengths(self) -> Tensor | None:
+        """Of an iterative schedule, how far each token of T stood out when it was found."""
+        found = self._pass.found.get("mask")
+        return None if found is None else found.scores
 
     @property
     def classes(self) -> dict[str, Tensor]:
@@ -241,10 +253,14 @@ class Patch:
     def _install(self) -> None:
         for search in self.searches:
             search.prepared = search.detector.prepare(self.blocks, search.detect)
+            search.neurons = NeuronTap(self.blocks, search.detector.neurons)
+            self._hooks += search.neurons.handles
         embedding = find_patch_embedding(self.model, self._path)
         if embedding is not None:
             self._hooks.append(embedding.register_forward_hook(self._begin))
-        self._hooks += self.attn.hooks(self.blocks, self.attn_layers)
+        self._hooks += self.attn.hooks(
+            self.blocks, self.attn_layers, enabled=lambda: self.enabled, prefix=self._prefix
+        )
         if self.mask.corrects:
             for layer in self.mask_layers:
                 projection = out_projection(self.blocks[layer])
@@ -345,7 +361,9 @@ class Patch:
         if again is None and layer in self.mask_layers:
             self._adjust(context, q, k, v)
         if self.observer is not None and again is None:
-            self.observer(q, k, context)
+            self.observer(q, k, v, context)
+        if self.meter is not None and again is None and variant is self.attn:
+            return self.meter(variant, q, k, v, context)
         if context.stopwatch is None:
             return variant(q, k, v, context)
         begin = context.stopwatch.now()

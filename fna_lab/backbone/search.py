@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from fna_lab import ops
 from fna_lab.attn.base import AttentionVariant, Removal
 from fna_lab.attn.layers import parse_layers
+from fna_lab.backbone.neurons import NeuronTap
 from fna_lab.backbone.seam import AttentionSeam, Call, Probed, hidden, with_hidden
 from fna_lab.mask.base import Mask
 from fna_lab.mask.detector.base import Detector, Evidence
@@ -37,6 +38,7 @@ class Search:
         stage: before or after softmax.
         early: whether the set must be known before the detection block runs.
         prepared: what the detector's `prepare` returned.
+        neurons: reads the neurons that the detector lists.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Search:
     stage: str = "mask"
     early: bool = False
     prepared: Any = None
+    neurons: NeuronTap | None = None
 
     @property
     def iterative(self) -> bool:
@@ -84,16 +87,18 @@ class Found:
     Attributes:
         tokens: the set, bool `[b n]`.
         ranks: the round in which each token was found, from 1; 0 = not found; long `[b n]`.
+        scores: of an iterative search, how far each token stood out when it was found, else 0.
         rows: `ops.token_rows(tokens)`, once somebody asks for it.
     """
 
     tokens: Tensor
     ranks: Tensor
+    scores: Tensor
     rows: tuple[Tensor, Tensor] | None = None
 
     def of(self, pictures: Tensor) -> Found:
         """The same of some pictures of the batch, long `[p]`."""
-        return Found(self.tokens[pictures], self.ranks[pictures])
+        return Found(self.tokens[pictures], self.ranks[pictures], self.scores[pictures])
 
 
 @dataclass
@@ -176,8 +181,8 @@ class Finder:
             ValueError: nothing would be left to attend to.
         """
         shown = self._evidence(search, state, x, None, call)
-        new = _strongest(search, shown, search.detector(shown))
-        found = Found(new, new.long())
+        new, scores = _strongest(search, shown, search.detector(shown))
+        found = Found(new, new.long(), scores)
         for number in range(2, search.rounds + 1):
             still = new.any(1).nonzero()[:, 0]  # pictures that may find more
             if len(still) == 0:
@@ -186,9 +191,13 @@ class Finder:
             removals = dict.fromkeys(search.reruns, search.removal(part))
             again = self._rerun(search, state, removals, only=still)
             shown = self._evidence(search, state, again, part, only=still)
-            more = _strongest(search, shown, search.detector(shown) & ~part.tokens)
+            more, scores = _strongest(search, shown, search.detector(shown) & ~part.tokens)
             new = torch.zeros_like(new).index_copy(0, still, more)
-            found = Found(found.tokens | new, found.ranks + number * new)
+            found = Found(
+                found.tokens | new,
+                found.ranks + number * new,
+                found.scores.index_add(0, still, scores),
+            )
         state.found[search.name] = found
         if search.name == "mask":
             self._check(search, found.tokens)
@@ -227,6 +236,7 @@ class Finder:
             bias=_as_bias(attn_mask, x.dtype),
             found=None if found is None else found.tokens,
             stage=search.stage,
+            neurons=None if search.neurons is None else search.neurons.read(),
             prepared=search.prepared,
         )
 
@@ -340,14 +350,17 @@ def plan_searches(
     return searches
 
 
-def _strongest(search: Search, shown: Evidence, new: Tensor) -> Tensor:
-    """The new tokens that a round may add."""
-    if not search.iterative or search.per_round is None:
-        return new
-    # Stable: of equal scores the token with the lower index comes first.
-    scores = search.detector.scores(shown).masked_fill(~new, -torch.inf)
-    order = scores.sort(dim=1, descending=True, stable=True).indices[:, : search.per_round]
-    return new & torch.zeros_like(new).scatter(1, order, True)
+def _strongest(search: Search, shown: Evidence, new: Tensor) -> tuple[Tensor, Tensor]:
+    """The new tokens that a round may add, and how far they stand out."""
+    if not search.iterative:
+        return new, torch.zeros_like(new, dtype=torch.float32)
+    scores = search.detector.scores(shown).float()
+    if search.per_round is not None:
+        # Stable: of equal scores the token with the lower index comes first.
+        ranked = scores.masked_fill(~new, -torch.inf).sort(dim=1, descending=True, stable=True)
+        best = torch.zeros_like(new).scatter(1, ranked.indices[:, : search.per_round], True)
+        new = new & best
+    return new, scores.masked_fill(~new, 0)
 
 
 def _of(x: Tensor, pictures: Tensor | None) -> Tensor:

@@ -1,47 +1,48 @@
-"""What stands out among the tokens of a block: norms, sinks, and where they lie."""
+"""What stands out among the tokens of a block: norms, activations, sinks, and where they lie."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from fna_lab import ops
 from fna_lab.attn.base import Context
+from fna_lab.metric.mass import Sums, by_class
 
 
-def attention_pattern(q: Tensor, k: Tensor, context: Context) -> Tensor:
-    """The exact attention of a block under the host's bias and the mask strategy.
+class ArrayMean(Metric):
+    """Mean of arrays over pictures, entry by entry; NaN = the picture has no such entry.
 
     Args:
-        q: queries `[b h n d]`.
-        k: keys `[b h n d]`.
-        context: of the block.
-
-    Returns:
-        `[b h n n]` in at least float32; rows sum to 1, or less after a `sink` stage.
+        shape: of one picture's array.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = context.scale * (q.to(wide) @ k.to(wide).mT)
-    bias, removal = context.attn_mask, context.removal
-    if bias is not None:
-        keep = bias if bias.dtype == torch.bool else None
-        scores = scores + bias if keep is None else scores.masked_fill(~keep, -torch.inf)
-    if removal is None:
-        return scores.softmax(-1)
-    gone = ops.removed_pairs(removal.tokens, removal.pattern)[:, None]
-    if removal.stage == "mask":
-        return scores.masked_fill(gone, -torch.inf).softmax(-1).nan_to_num(0.0)
-    return scores.softmax(-1).masked_fill(gone, 0.0)
+
+    full_state_update = False
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        zero = torch.zeros(shape, dtype=torch.float64)
+        self.add_state("total", zero, dist_reduce_fx="sum")
+        self.add_state("count", zero.clone(), dist_reduce_fx="sum")
+        self.total: Tensor
+        self.count: Tensor
+
+    def update(self, values: Tensor) -> None:
+        """Add pictures `[b ...]`."""
+        self.total += values.double().nan_to_num(0.0).sum(0)
+        self.count += (~values.isnan()).sum(0)
+
+    def compute(self) -> Tensor:
+        """The mean, NaN where no picture had the entry."""
+        return self.total / self.count
 
 
-def token_facts(
-    q: Tensor, k: Tensor, context: Context, objects: Tensor | None = None
-) -> dict[str, Tensor]:
+def token_facts(sums: Sums, context: Context, objects: Tensor | None = None) -> dict[str, Tensor]:
     """Facts of the tokens of one block, picture by picture.
 
     Args:
-        q: queries `[b h n d]`.
-        k: keys `[b h n d]`.
+        sums: its attention, summed up.
         context: of the block; its input is `context.x` `[b n c]`.
         objects: share of each patch that objects cover `[b p]`, None where unknown.
 
@@ -55,14 +56,13 @@ def token_facts(
     prefix, x = context.num_prefix_tokens, context.x
     norms = x[:, prefix:].float().norm(dim=-1)
     norms = norms / norms.median(dim=1, keepdim=True).values
-    pattern = attention_pattern(q, k, context)
-    incoming = ops.incoming(pattern)[:, prefix:]
+    incoming = sums.incoming.mean(1)[:, prefix:]
     share, top = incoming.max(dim=1)
     facts = {
         "largest_norm": norms.amax(1),
         "massive_norm_ratio": ops.norm_ratio(x, prefix=prefix, ratio=3.0).sum(1),
         "massive_norm_gap": ops.norm_gap(x, prefix=prefix, per_picture=True, min_gap=0.5).sum(1),
-        "top_incoming": share * pattern.shape[-1],
+        "top_incoming": share * sums.incoming.shape[-1],
         "top_norm": norms.gather(1, top[:, None])[:, 0],
     }
     if objects is not None:
@@ -70,7 +70,60 @@ def token_facts(
     if context.has_cls:
         known = torch.arange(x.shape[1], device=x.device) < prefix
         known = known.expand(x.shape[0], -1)
+        row = sums.first[:, :, None]
         for name, ratio in (("massive_cls_proxy", 0.3), ("sinks_cls_proxy", 1.0)):
-            facts[name] = ops.cls_proxy(pattern[:, :, :1], ratio=ratio, found=known).sum(1)
-        facts["cls_to_itself"] = pattern[:, :, 0, 0].mean(1)
+            facts[name] = ops.cls_proxy(row, ratio=ratio, found=known).sum(1)
+        facts["cls_to_itself"] = sums.first[:, :, 0].mean(1)
     return {name: value.double() for name, value in facts.items()}
+
+
+def norm_facts(x: Tensor, members: Tensor) -> dict[str, Tensor]:
+    """Norms and largest activations by class.
+
+    Args:
+        x: a block's input `[b n c]`.
+        members: bool `[b n k]`.
+
+    Returns:
+        Each `[b]`, in the host's own units, NaN where a picture has none of the class.
+        `norms/<class>`: mean norm. `activations/<class>`: largest absolute activation;
+        `activations/second`, `third` and `median`: of all tokens and channels.
+        `top_channel`: the channel of the largest.
+
+    Source: Sun et al. 2024 (largest activations against the median).
+    """
+    x = x.float()
+    top, places = ops.top_activations(x, 3)
+    facts = by_class("norms", ops.class_mean(x.norm(dim=-1), members))
+    facts |= by_class("activations", ops.class_max(x.abs().amax(-1), members))
+    facts |= {"activations/second": top[:, 1], "activations/third": top[:, 2]}
+    facts["activations/median"] = x.abs().flatten(1).median(1).values
+    return facts | {"top_channel": (places[:, 0] % x.shape[2]).double()}
+
+
+def members_of(massive: Tensor, artifact: Tensor, *, prefix: int, has_cls: bool) -> Tensor:
+    """Which token is in which class, bool `[b n k]`, from the sets found, bool `[b n]` each."""
+    return ops.class_members(ops.token_classes(massive, artifact, prefix=prefix, has_cls=has_cls))
+
+
+def components(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Up to three principal components of patch tokens `[b p c]`; see `principal_components`."""
+    return ops.principal_components(x, min(3, *x.shape[1:]))
+
+
+def some_of_each(members: Tensor, num: int) -> Tensor:
+    """At most `num` tokens `[m]` of one picture, class by class.
+
+    All that stand out, up to half of them, and normal ones evenly spread.
+
+    Args:
+        members: bool `[n k]`, normal tokens last.
+        num: how many.
+    """
+    normal = members[:, -1]
+    order = members.int().argmax(-1).sort(stable=True).indices  # normal tokens come last
+    split = int((~normal).sum())
+    special, rest = order[:split][: num // 2], order[split:]
+    count = min(len(rest), num - len(special))
+    picks = torch.linspace(0, max(0, len(rest) - 1), count, device=rest.device).round().long()
+    return torch.cat([special, rest[picks]])

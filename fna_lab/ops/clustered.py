@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab.ops.checks import check_bool, check_float, check_index, check_qkv, default_scale
-from fna_lab.ops.nystrom import gather_tokens, nystrom_chain
+from fna_lab.ops.nystrom import (
+    check_landmarks,
+    each_head,
+    gather_tokens,
+    nystrom_chain,
+    only_keys,
+)
 
 
 def nearest_landmarks(
@@ -54,12 +60,16 @@ def cluster_means(x: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]
 
     Args:
         x: `[b h n d]`.
-        members: the cluster of each token, long `[b n]`, 0 to num - 1; -1 = none.
+        members: the cluster of each token, long `[b n]`, or per head `[b h n]`, 0 to num - 1;
+            -1 = none.
         num: number of clusters m.
 
     Returns:
-        Means `[b h m d]`, zero where a cluster is empty, and sizes `[b m]`.
+        Means `[b h m d]`, zero where a cluster is empty, and sizes `[b m]`, or per head `[b h m]`.
     """
+    if members.ndim == 3:  # heads are like pictures of one head
+        means, sizes = cluster_means(x.flatten(0, 1)[:, None], members.flatten(0, 1), num)
+        return means.view(*x.shape[:2], num, -1), sizes.view(*x.shape[:2], num)
     batch, heads, tokens, dim = x.shape
     rows = x.transpose(1, 2).reshape(batch, tokens, heads * dim)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -99,12 +109,13 @@ def clustered_attention(
     v: Tensor,
     landmarks: Tensor,
     members: Tensor,
-    solve: Callable[[Tensor, Tensor], Tensor],
+    solver: Callable[[Tensor, Tensor], Tensor],
     *,
     scale: float | None = None,
     more_rows: Tensor | None = None,
     keys: Tensor | None = None,
     bias: Tensor | None = None,
+    distinct: bool = True,
     exact_rows: int = 0,
 ) -> Tensor:
     """Attention to clusters of tokens, with values that fit the exact rows of the landmarks.
@@ -119,9 +130,10 @@ def clustered_attention(
         q: queries `[b h n d]`.
         k: keys `[b h n d]`.
         v: values `[b h n d]`.
-        landmarks: token indices, long `[b m]`.
-        members: the landmark of each token, as `nearest_landmarks` tells.
-        solve: (A `[b h r m]`, B `[b h r d]`) -> Z(A) B.
+        landmarks: token indices, long `[b m]`, or `[b h m]` where heads have their own.
+        members: the landmark of each token, as `nearest_landmarks` tells: long `[b n]`, or
+            `[b h n]` where heads have their own.
+        solver: (A `[b h r m]`, B `[b h r d]`) -> Z(A) B.
         scale: factor of the logits; None = d^-1/2.
         more_rows: tokens whose exact outputs V' must fit beside those of the landmarks, long
             `[b t]`; then A has r = m + t rows.
@@ -129,6 +141,7 @@ def clustered_attention(
             other tokens in no cluster.
         bias: added to the logits, broadcastable to `[b h n n]`; None = nothing. A cluster has
             that of its landmark.
+        distinct: False where landmarks may repeat though `keys` is None.
         exact_rows: give so many of the first landmarks their exact outputs.
 
     Returns:
@@ -142,19 +155,22 @@ def clustered_attention(
     proportional attention of Bolya et al. 2023 (ToMe).
     """
     check_qkv(q, k, v)
-    check_index("landmarks", landmarks, "[b m]")
-    check_index("members", members, "[b n]")
-    if members.shape != (k.shape[0], k.shape[2]) or landmarks.shape[0] != q.shape[0]:
+    check_landmarks(landmarks, q)
+    if members.shape != (*landmarks.shape[:-1], k.shape[2]) or members.dtype != torch.long:
         raise ValueError(
-            f"Expected landmarks [{q.shape[0]} m] and members [{k.shape[0]} {k.shape[2]}], got "
-            f"{tuple(landmarks.shape)} and {tuple(members.shape)}."
+            f"Expected members long {[*landmarks.shape[:-1], k.shape[2]]}, got {members.dtype} "
+            f"{tuple(members.shape)}."
         )
     if keys is not None:
         check_bool("keys", keys, (q.shape[0], k.shape[2]))
-    tokens = landmarks if more_rows is None else torch.cat([landmarks, more_rows], dim=1)
-    means, sizes = cluster_means(k, members, landmarks.shape[1])
+    tokens = landmarks
+    if more_rows is not None:
+        more = more_rows if landmarks.ndim == 2 else each_head(more_rows).expand(*q.shape[:2], -1)
+        tokens = torch.cat([landmarks, more], dim=-1)
+    means, sizes = cluster_means(k, members, landmarks.shape[-1])
+    sizes = each_head(sizes)
     # A repeated landmark has no cluster: log 0 keeps everybody from it.
-    columns = corner = sizes.log()[:, None, None]
+    columns = corner = sizes.log()[:, :, None]
     rows = None
     if bias is not None:
         bias = bias.expand(*q.shape[:3], k.shape[2])
@@ -162,25 +178,24 @@ def clustered_attention(
         columns = columns + gather_tokens(bias.mT, landmarks).mT  # [b h n m]
         corner = gather_tokens(columns, tokens)  # [b h r m]
     if keys is not None:
-        keep = keys[:, None, None]
-        rows = keep if rows is None else rows.masked_fill(~keep, -torch.inf)
+        rows = only_keys(keys, rows)
     out, exact = nystrom_chain(
         q,
         k,
         v,
         gather_tokens(q, tokens),
         means,
-        solve,
+        solver,
         scale=default_scale(q) if scale is None else scale,
         rows=rows,
         columns=columns.to(q.dtype),
         corner=corner,
-        dead=None if keys is None else sizes == 0,
+        dead=None if keys is None and distinct else sizes == 0,
         prior=gather_tokens(v, landmarks),
     )
     if not exact_rows:
         return out
-    index = landmarks[:, None, :exact_rows, None].expand(-1, q.shape[1], -1, q.shape[3])
+    index = each_head(landmarks)[:, :, :exact_rows, None].expand(-1, q.shape[1], -1, q.shape[3])
     if out.requires_grad:  # the fused kernel keeps its output for the backward pass
         return out.scatter(2, index, exact[:, :, :exact_rows])
     return out.scatter_(2, index, exact[:, :, :exact_rows])

@@ -63,7 +63,7 @@ def clustered_flops(
     thin = subset_flops(tokens, heads, head_dim, landmarks)
     dims = min(sketch or channels, channels)
     seek = 2 * tokens * landmarks * dims + (2 * tokens * channels * dims if dims < channels else 0)
-    means = 2 * tokens * landmarks * channels
+    means = tokens * channels  # sums; a product, where that is faster, counts as no more
     kernel = 2 * heads * rows * landmarks**2 * 2 * head_dim  # A and A Vp
     # A'A, Cholesky (m^3 / 3), A'B and two triangular solves.
     cube = 2 * rows * landmarks**3 + landmarks**3 // 3

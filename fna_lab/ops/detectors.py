@@ -65,6 +65,28 @@ def norm_ratio(x: Tensor, *, prefix: int = 1, ratio: float = 5.0) -> Tensor:
     return _with_prefix(norms > ratio * norms.median(1, keepdim=True).values, prefix)
 
 
+def norm_fixed(x: Tensor, *, prefix: int = 1, norm: float) -> Tensor:
+    """Massive patch tokens: those whose norm exceeds a fixed value.
+
+    Args:
+        x: hidden states `[b n c]`, before the final norm.
+        prefix: number of prefix tokens, which are never massive.
+        norm: the threshold, in the units of `x`.
+
+    Returns:
+        bool `[b n]`, prefix tokens False.
+
+    Raises:
+        TypeError: `x` is not a floating tensor.
+        ValueError: `x` is not `[b n c]`, has fewer than two patch tokens, or `norm` <= 0.
+
+    Source: Darcet et al. 2024; Jiang et al. 2025 (30 for CLIP B/16, 150 for DINOv2-L).
+    """
+    if not norm > 0:
+        raise ValueError(f"Expected norm to be > 0, got {norm!r}.")
+    return _with_prefix(patch_norms(x, prefix) > norm, prefix)
+
+
 def cls_row(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
     """The attention of CLS alone, in O(n d).
 

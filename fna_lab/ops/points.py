@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab.ops.checks import check_bool, check_float, check_index
+from fna_lab.ops.kernels.switch import use_kernels
 
 
 def farthest_points(
@@ -22,7 +23,8 @@ def farthest_points(
 ) -> Tensor:
     """Repeatedly take the point farthest (squared Euclidean) from those already taken.
 
-    Ties go to the lowest index. Nothing is copied to the host.
+    Ties go to the lowest index. Nothing is copied to the host. On CUDA a Triton kernel does it,
+    see `fna_lab.ops.kernels.switch`; the environment variable `FNA_LAB_TRITON=0` keeps to torch.
 
     Args:
         points: `[b n c]`.
@@ -75,6 +77,10 @@ def farthest_points(
         generator = torch.Generator().manual_seed(0)
         draw = torch.randn(channels, sketch, generator=generator).to(points)
         points = points @ draw
+    if points.dtype == torch.float32 and use_kernels(points):
+        from fna_lab.ops.kernels.points import farthest_points as on_chip
+
+        return on_chip(points, num, first, allowed, repeats)
     near = _GramDistance(points) if gram else _DirectDistance(points)
     if repeats is None or allowed is not None:
         return _sample(near, num, first, allowed)

@@ -6,16 +6,19 @@ import torch
 from torch import Tensor
 
 
-def _matrix(kernel: Tensor) -> None:
+def check_matrix(kernel: Tensor) -> None:
+    """Raise unless `kernel` is a floating tensor of matrices."""
     if not isinstance(kernel, Tensor) or not kernel.is_floating_point():
         raise TypeError("Expected kernel to be a floating tensor [... r m].")
     if kernel.ndim < 2:
         raise ValueError(f"Expected kernel to have shape [... r m], got {tuple(kernel.shape)}.")
 
 
-def _square(kernel: Tensor) -> None:
-    _matrix(kernel)
-    if kernel.shape[-1] != kernel.shape[-2]:
+def check_square(kernel: Tensor) -> None:
+    """Raise unless `kernel` is a floating tensor of square matrices."""
+    if not isinstance(kernel, Tensor) or not kernel.is_floating_point():
+        raise TypeError("Expected kernel to be a floating tensor [... m m].")
+    if kernel.ndim < 2 or kernel.shape[-1] != kernel.shape[-2]:
         raise ValueError(f"Expected kernel to have shape [... m m], got {tuple(kernel.shape)}.")
 
 
@@ -38,7 +41,7 @@ def newton_schulz(kernel: Tensor, iters: int = 6) -> Tensor:
 
     Source: Xiong et al. 2021 (Nystroemformer), equation 11, with the start taken per matrix.
     """
-    _square(kernel)
+    check_square(kernel)
     if not isinstance(iters, int) or iters < 0:
         raise ValueError(f"Expected iters to be an integer >= 0, got {iters!r}.")
     eye = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
@@ -64,7 +67,7 @@ def ridge_solve(kernel: Tensor, values: Tensor, ridge: float = 1e-3) -> Tensor:
         TypeError: `kernel` is not a floating tensor.
         ValueError: `kernel` is no matrix, or `ridge` is not positive.
     """
-    _matrix(kernel)
+    check_matrix(kernel)
     if not ridge > 0:
         raise ValueError(f"Expected ridge to be > 0, got {ridge!r}.")
     gram = kernel.mT @ kernel

@@ -2,6 +2,7 @@
 
 python -m fna_lab.report outputs/default/multirun_...
 python -m fna_lab.report outputs/... --figure out.png --x attn.num_landmarks --y patch_cosine
+python -m fna_lab.report outputs/default/... --figures
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fna_lab.report import figure, record, table
+from fna_lab.report import figure, figures, record, table
 
 
 def main() -> None:
@@ -24,8 +25,10 @@ def main() -> None:
     parser.add_argument("--x", default="attn.num_landmarks", help="numeric setting on the axis")
     parser.add_argument("--y", nargs="+", default=["patch_cosine"], help="metrics, a panel each")
     parser.add_argument("--lines", default="attn", help="setting that makes a line")
+    parser.add_argument("--figures", action="store_true", help="draw each run's own figures again")
     args = parser.parse_args()
-    records = [record.read(folder) for folder in record.finished(args.folder)]
+    folders = record.finished(args.folder)
+    records = [record.read(folder) for folder in folders]
     if not records:
         sys.exit(f"error: {args.folder} holds no finished run (no {record.METRICS} below it).")
     console = table.make_console()
@@ -39,6 +42,11 @@ def main() -> None:
         except ValueError as error:
             sys.exit(f"error: {error}")
         print(f"wrote {args.figure}")
+    if args.figures:
+        drawn = [path for folder in folders for path in figures.draw(folder)]
+        if not drawn:
+            sys.exit(f"error: no run of {args.folder} left data for figures of its own.")
+        print("\n".join(f"wrote {path}" for path in drawn))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -20,6 +21,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "transformers", "lightning")
 METRICS = "metrics.json"
 SAMPLES = "samples.parquet"
+ARRAYS = "arrays.npz"
 # Settings that change where results go, never what they are.
 ASIDE = ("name", "outputs", "logger", "force")
 
@@ -51,9 +53,19 @@ def surroundings(device: torch.device) -> dict[str, Any]:
     return {"git": _git(), "versions": versions, "device": facts}
 
 
-def write(record: dict[str, Any], rows: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Write the samples, then the record, whose presence says that the run is complete."""
+def write(
+    record: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    folder: Path,
+    arrays: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Write samples and arrays, then the record, whose presence says that the run is complete."""
     folder.mkdir(parents=True, exist_ok=True)
+    if arrays:
+        packed = folder / f"{ARRAYS}.part"
+        with packed.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        os.replace(packed, folder / ARRAYS)
     samples = folder / f"{SAMPLES}.part"
     pq.write_table(pa.Table.from_pylist(list(rows)), samples)
     os.replace(samples, folder / SAMPLES)
@@ -65,6 +77,14 @@ def write(record: dict[str, Any], rows: Sequence[dict[str, Any]], folder: Path) 
 def read(folder: Path) -> dict[str, Any]:
     """The record of a finished run."""
     return json.loads((folder / METRICS).read_text())
+
+
+def read_arrays(folder: Path) -> dict[str, np.ndarray]:
+    """The arrays of a finished run, empty where it left none."""
+    if not (folder / ARRAYS).exists():
+        return {}
+    with np.load(folder / ARRAYS) as packed:
+        return dict(packed)
 
 
 def finished(folder: Path) -> list[Path]:

@@ -10,6 +10,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from fna_lab.report.errors import budget_table, error_table, fallback_text
+from fna_lab.report.matrix import matrices
+from fna_lab.report.verdicts import verdicts
+
 COST_ROWS = (
     ("latency", "{}_total_ms", "ms a batch"),
     ("  attention", "{}_attention_ms", "ms"),
@@ -17,6 +21,21 @@ COST_ROWS = (
     ("  everything else", "{}_rest_ms", "ms"),
     ("peak memory", "{}_peak_mib", "MiB"),
 )
+
+# What the values of a measure are, by the first part of their names.
+MEASURES = {
+    "norms": "norms: mean norm of a token, by class, in the host's units",
+    "activations": "activations: largest of a token's channels, by class; 2nd, 3rd, median of all",
+    "mass": "mass: share of all attention that goes to the class",
+    "incoming": "incoming: attention that one token of the class draws, in uniform shares",
+    "sink_rate": "sink rate: share of heads with a sink of that kind",
+    "qk": "qk: cosine of a head's mean query with keys, by class of the key",
+    "ov": "ov: cosine of what a token sends (W_o v) with its own direction, by class",
+    "suppression": "suppression: push along its own direction that a token receives, by class",
+    "growth": "growth: norm behind a block of the token that is largest at detection, and medians",
+    "decay": "decay: strongest sink (share), sinks left, norms (medians) as sinks are taken out",
+}
+ROUNDS = ("decay",)
 
 
 def make_console() -> Console:
@@ -27,7 +46,14 @@ def make_console() -> Console:
 
 def show(record: Mapping[str, Any], console: Console) -> None:
     """Print what was run, its metrics, and its cost against exact attention."""
-    parts: list[Any] = [_heading(record), _metrics(record["metrics"])]
+    parts: list[Any] = [_heading(record)]
+    parts.append(verdicts(record) if "findings" in record else _metrics(record["metrics"]))
+    if record.get("budget"):
+        parts.insert(1, budget_table(record["budget"]))
+    if record.get("errors"):
+        parts.append(error_table(record["errors"]))
+    if record.get("fallbacks"):
+        parts.append(fallback_text(record["fallbacks"], record["config"]["attn"]["guard"]))
     if record["cost"]:
         parts.append(_cost(record["cost"]))
     console.print(Group(*parts))
@@ -65,14 +91,18 @@ def _heading(record: Mapping[str, Any]) -> Text:
     text.append(f"{record['task']}", style="bold")
     text.append(f" of {data['count']} pictures of {data['name']}")
     text.append(" (synthetic)\n" if data.get("synthetic") else "\n")
-    text.append(f"backbone  {backbone['name']}: {backbone['img_size']} px, ")
+    constructed = " (constructed)" if backbone.get("constructed") else ""
+    text.append(f"backbone  {backbone['name']}{constructed}: {backbone['img_size']} px, ")
     text.append(f"{backbone['num_tokens']} tokens, {backbone['depth']} blocks\n")
-    attn = _said(config["attn"], ("layers", "landmarks", "solver"))
+    settings = config["attn"]
+    if record.get("budget"):  # what the setting says was not used
+        settings = {key: value for key, value in settings.items() if key != "num_landmarks"}
+    attn = _said(settings, ("layers", "landmarks", "solver"))
     text.append(f"attn      {record['attn']['name']} in blocks {_range(record['attn']['layers'])}")
     text.append(f" ({attn})\n" if attn else "\n")
     mask = record["mask"]
     text.append(f"mask      {mask['name']}")
-    if mask["layers"]:
+    if "found" in mask:
         found = mask["found"]
         text.append(f" ({mask['stage']}) in blocks {_range(mask['layers'])}; {mask['detector']} ")
         text.append(f"({mask['threshold']}) at block {mask['detect']} finds ")
@@ -82,32 +112,33 @@ def _heading(record: Mapping[str, Any]) -> Text:
 
 
 def _metrics(metrics: Mapping[str, float]) -> Group:
-    layered: dict[str, dict[str, float]] = {}
+    """Plain metrics, then a table for every measure that has a value a block or a round."""
+    measures: dict[str, dict[str, dict[str, float]]] = {}
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():
-        if "/" in name:
-            fact, _, block = name.partition("/")
-            layered.setdefault(block, {})[fact] = value
-        elif name != "n":
+        fact, _, block = name.rpartition("/")
+        if block.isdigit():
+            measure, _, fact = fact.rpartition("/")
+            measures.setdefault(measure, {}).setdefault(block, {})[fact] = value
+        elif name != "n" and not fact:
             table.add_row(name.replace("_", " "), _number(value))
     parts = [table] if table.row_count else []
-    if layered:
-        parts.append(_layers(layered))
-    return Group(*parts)
+    tables = (_layers(name, layered) for name, layered in measures.items())
+    return Group(*parts, *tables, *matrices(metrics))
 
 
-def _layers(layered: Mapping[str, Mapping[str, float]]) -> Table:
+def _layers(measure: str, layered: Mapping[str, Mapping[str, float]]) -> Group:
     """One row a block, one column a fact."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("block", justify="right")
+    table.add_column("round" if measure in ROUNDS else "block", justify="right")
     facts = list(dict.fromkeys(fact for row in layered.values() for fact in row))
     for fact in facts:
         table.add_column(fact.replace("_", "\n"), justify="right", overflow="fold")
     for block, row in sorted(layered.items()):
         table.add_row(str(int(block)), *(f"{row[f]:.3g}" if f in row else "-" for f in facts))
-    return table
+    return Group(f" {MEASURES.get(measure, measure)}", table) if measure else Group(table)
 
 
 def _cost(cost: Mapping[str, Any]) -> Table:
@@ -133,9 +164,9 @@ def _said(config: Mapping[str, Any], parts: Sequence[str]) -> str:
     """A variant's settings in one line; parts by the names of their files."""
     said = []
     for key, value in config.items():
-        if key.startswith("_") or key == "layers":
+        if key.startswith("_") or key == "layers" or value is None:
             continue
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and "_target_" in value:
             said.append(f"{key} {_name(value)}")
         else:
             said.append(f"{key}={value}".replace("True", "true").replace("False", "false"))
@@ -150,7 +181,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             if "_target_" in value:
                 flat[prefix + key] = _name(value)
             flat |= flatten(value, f"{prefix}{key}.")
-        elif not key.startswith("_"):
+        elif not str(key).startswith("_"):
             flat[prefix + key] = str(value)
     return flat
 

@@ -1,56 +1,339 @@
-"""Which tokens stand out, block by block, by every detector."""
+"""What the tokens of a backbone are and do, block by block."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from fna_lab.metric.anatomy import token_facts
+from fna_lab.backbone.patch import patch
+from fna_lab.metric.alignment import alignment_facts, directions, suppression_facts
+from fna_lab.metric.anatomy import (
+    ArrayMean,
+    components,
+    members_of,
+    norm_facts,
+    some_of_each,
+    token_facts,
+)
+from fna_lab.metric.intervention import (
+    BRANCHES,
+    NoAttention,
+    Onlooker,
+    WithoutTokens,
+    next_sink,
+    round_facts,
+)
+from fna_lab.metric.mass import (
+    attention_sums,
+    first_pictures,
+    incoming_facts,
+    mass_facts,
+    sink_facts,
+)
 from fna_lab.task.base import Task
 
 if TYPE_CHECKING:
     from fna_lab.attn.base import Context
 
+MEASURES = (
+    "facts",
+    "norms",
+    "mass",
+    "incoming",
+    "sink_rate",
+    "alignment",
+    "suppression",
+    "growth",
+    "decay",
+    "pca",
+)
+DEFAULT = ("facts", "norms", "mass", "incoming", "sink_rate", "growth", "pca")
+# Tokens of one picture whose suppression matrix is kept whole, for its figure.
+MATRIX = 400
+
 
 class Anatomy(Task):
-    """Norms, massive tokens and attention sinks at the input of every block.
+    """Norms, massive tokens, attention sinks and what tokens do to each other.
 
-    Facts are means over pictures, `<fact>/<block>`; see `token_facts`. With a data set that knows
-    its segmentation, `background` is the share of patches without any object, which is what
+    Facts are means over pictures, `<fact>/<block>` or `<measure>/<fact>/<block>`, and stand in the
+    samples picture by picture. What has heads, or lies on the grid of the picture, goes to the
+    arrays beside them, and from there to the figures. With a data set that knows its
+    segmentation, `background` is the share of patches without any object, which is what
     `top_on_background` would be if the most attended patch were any patch.
 
     Args:
+        measure: what is measured: a list of `MEASURES`, or `all`.
+        pictures: the first so many pictures are looked at closely: maps, suppression, growth,
+            decay, components.
+        rounds: of `decay`: most tokens that are taken out, one a round.
+        epsilon: of `sink_rate`: share of a head's attention that makes a token a sink.
+        figures: draw the figures of the run.
         cost: measure latency and memory on the first batch.
         **common: see `Task`.
+
+    Raises:
+        ValueError: a setting is out of range.
     """
 
-    def __init__(self, *, cost: bool = False, **common: Any) -> None:
+    def __init__(
+        self,
+        *,
+        measure: Sequence[str] | str = DEFAULT,
+        pictures: int = 4,
+        rounds: int = 8,
+        epsilon: float = 0.3,
+        figures: bool = True,
+        cost: bool = False,
+        **common: Any,
+    ) -> None:
         super().__init__(cost=cost, **common)
+        if isinstance(measure, str):
+            measure = MEASURES if measure == "all" else (measure,)
+        self.measure = tuple(measure)
+        for name in self.measure:
+            if name not in MEASURES:
+                raise ValueError(
+                    f"task.measure: {name!r} is none of {', '.join(MEASURES)}; expected a list of "
+                    "these, or all."
+                )
+        for name, value in (("pictures", pictures), ("rounds", rounds)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"task.{name}={value!r}: expected an integer >= 1.")
+        if not 0 < epsilon < 1:
+            raise ValueError(f"task.epsilon={epsilon!r}: expected a number between 0 and 1.")
+        self.pictures = pictures
+        self.rounds = rounds
+        self.epsilon = epsilon
+        self.figures = figures
+        self.means = nn.ModuleDict()
+        self.maps: dict[str, list[Tensor]] = {}
 
     def step(self, batch: dict[str, Any]) -> None:
         """Look at every block of the patched model."""
+        images = batch["image"]
+        few = min(len(images), max(0, self.pictures - len(self.rows)))
         objects = self._objects(batch)
+        with self.patched.disabled():
+            members = self.members(images)
         noted: dict[str, Tensor] = {}
 
-        def observe(q: Tensor, k: Tensor, context: Context) -> None:
-            facts = token_facts(q, k, context, objects)
+        def observe(q: Tensor, k: Tensor, v: Tensor, context: Context) -> None:
+            facts = self._block(q, k, v, context, members, objects, few)
             noted.update({f"{name}/{context.layer:02d}": fact for name, fact in facts.items()})
 
         with self.patched.observed(observe):
-            self.features(batch["image"])
+            found = self.features(images)
+        if few:
+            # What tokens do without attention or sinks is asked of the model as it came.
+            with self.patched.disabled():
+                noted |= self._closely(images[:few], members[:few], found.patches[:few])
         if objects is not None:
             noted["background"] = (objects == 0).double().mean(1)
-        for name in sorted(noted, key=lambda n: n.split("/")[1:]):
+        self._note(noted, batch)
+
+    def members(self, images: Tensor) -> Tensor:
+        """The class of every token at the detection block, bool `[b n k]`.
+
+        Massive: the CLS proxy at 0.3, or what stands in for it without a CLS. Artifact: sinks
+        that are not massive, found one a round.
+        """
+        backbone, anatomy = self.backbone, self.backbone.anatomy
+        with patch(
+            backbone.host,
+            Onlooker(),
+            layers=[anatomy.detect],
+            blocks=backbone.blocks_path,
+            restart=min(anatomy.restart, anatomy.detect),
+        ) as onlooker:
+            self.features(images)
+        prefix, has_cls = backbone.num_prefix_tokens, backbone.has_cls
+        return members_of(**onlooker.classes, prefix=prefix, has_cls=has_cls)
+
+    def _block(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: Context,
+        members: Tensor,
+        objects: Tensor | None,
+        few: int,
+    ) -> dict[str, Tensor]:
+        """Every fact of one block: `[b]`, or an array a picture."""
+        x, wanted, layer = context.x, self.measure, context.layer
+        facts: dict[str, Tensor] = {}
+        sums = attention_sums(q, k, context, members)
+        if "facts" in wanted:
+            facts |= token_facts(sums, context, objects)
+        if "norms" in wanted:
+            facts |= norm_facts(x, members)
+        if "mass" in wanted:
+            facts |= mass_facts(sums, members)
+        if "incoming" in wanted:
+            facts |= incoming_facts(sums, members)
+        if "sink_rate" in wanted:
+            prefix, cls = context.num_prefix_tokens, context.has_cls
+            facts |= sink_facts(sums, num_prefix_tokens=prefix, has_cls=cls, epsilon=self.epsilon)
+        if "alignment" in wanted:
+            facts |= alignment_facts(q, k, v, x, self.backbone.out_weight(layer), members)
+        if not few:
+            return facts
+        self._keep("norm", x[:few].float().norm(dim=-1), layer)
+        self._keep("incoming", sums.incoming[:few].mean(1), layer)
+        self._keep("cls_row", sums.first[:few].mean(1), layer)
+        if "suppression" in wanted:
+            weight = self.backbone.out_weight(layer)
+            near = first_pictures(context, few)
+            seen = directions(near.x, weight, q.shape[1])
+            sums = attention_sums(q[:few], k[:few], near, members[:few], seen=seen, v=v[:few])
+            facts |= suppression_facts(near.x, v[:few], weight, members[:few], sums)
+            if layer == self.backbone.anatomy.detect and "matrix" not in self.maps:
+                tokens = some_of_each(members[0], MATRIX)
+                part = (seen[0, :, tokens] @ v[0, :, tokens].float().mT).sum(0)
+                self.maps |= {"matrix": [part], "matrix_tokens": [tokens]}
+        if "pca" in wanted and layer == self.backbone.anatomy.detect:
+            self._components("detect", x[:few, context.num_prefix_tokens :])
+        return facts
+
+    def _closely(self, images: Tensor, members: Tensor, patches: Tensor) -> dict[str, Tensor]:
+        """What only the first pictures are asked."""
+        self.maps.setdefault("pixels", []).append(self.backbone.pixels(images))
+        self.maps.setdefault("classes", []).append(members.int().argmax(-1))
+        facts: dict[str, Tensor] = {}
+        if "pca" in self.measure:
+            shares = self._components("final", patches)
+            facts |= {f"pca_explained_{i + 1}": shares[:, i] for i in range(shares.shape[1])}
+        if "growth" in self.measure:
+            facts |= self._growth(images)
+        if "decay" in self.measure:
+            facts |= self._decay(images)
+        return facts
+
+    def _growth(self, images: Tensor) -> dict[str, Tensor]:
+        """Norms behind the restart block with attention, without it, and without its bias."""
+        backbone, anatomy = self.backbone, self.backbone.anatomy
+        span = range(anatomy.restart, backbone.depth)
+        replay = backbone.replay(images, span[0], span[-1])
+        runs = {"exact": replay.outputs[span[0] :]}
+        with patch(backbone.host, NoAttention(), layers=span, blocks=backbone.blocks_path):
+            runs["off"] = replay()
+            with backbone.without_output_bias(span):
+                runs["off_no_bias"] = replay()
+        prefix = backbone.num_prefix_tokens
+        norms = {
+            name: torch.stack([x[:, prefix:].float().norm(dim=-1) for x in outputs], dim=1)
+            for name, outputs in runs.items()
+        }  # [b layers p]
+        # One token is followed through all three: the largest where detectors look.
+        place = max(0, anatomy.detect - 1 - span[0])
+        largest = norms["exact"][:, place].argmax(1)[:, None, None]
+        facts: dict[str, Tensor] = {}
+        for name, value in norms.items():
+            self.maps.setdefault(f"growth_{name}", []).append(value)
+            followed = value.gather(2, largest.expand(-1, value.shape[1], 1))[..., 0]
+            for i, layer in enumerate(span):
+                facts[f"growth/{name}/{layer:02d}"] = followed[:, i]
+                facts[f"growth/{name}_median/{layer:02d}"] = value[:, i].median(1).values
+        self.maps.setdefault("growth_token", []).append(largest[:, 0, 0])
+        return facts
+
+    def _decay(self, images: Tensor) -> dict[str, Tensor]:
+        """Sinks and norms as one sink after another is taken out, in three ways."""
+        backbone, anatomy = self.backbone, self.backbone.anatomy
+        span = range(anatomy.restart, anatomy.detect + 1)
+        replay = backbone.replay(images, span[0], span[-1])
+        prefix, has_cls = backbone.num_prefix_tokens, backbone.has_cls
+        removed = torch.zeros(
+            (len(images), backbone.num_tokens), dtype=torch.bool, device=images.device
+        )
+        facts: dict[str, Tensor] = {}
+        for number in range(self.rounds + 1):
+            shown = {"removed": removed.sum(1).double()}
+            new = torch.zeros_like(removed)
+            for branch, (stage, pattern) in BRANCHES.items():
+                variant = WithoutTokens(removed, stage, pattern)
+
+                def look(
+                    q: Tensor, k: Tensor, v: Tensor, context: Context,  # noqa: ARG001
+                    variant: WithoutTokens = variant, branch: str = branch,
+                    shown: dict[str, Tensor] = shown, new: Tensor = new,
+                ) -> None:  # fmt: skip
+                    if context.layer != anatomy.detect:
+                        return
+                    # A replay passes no embedding that would tell the patch of registers.
+                    context = replace(context, num_prefix_tokens=prefix, has_cls=has_cls)
+                    drawn, score = variant.look(q, k, context)
+                    found = round_facts(drawn, score, context.x, variant.removal.tokens, prefix)
+                    shown.update({f"{name}_{branch}": value for name, value in found.items()})
+                    if branch == "mask":
+                        new |= next_sink(score)
+
+                path = backbone.blocks_path
+                with (
+                    patch(backbone.host, variant, layers=span, blocks=path) as probe,
+                    probe.observed(look),
+                ):
+                    replay()
+            # A picture that is done stays as it is, whether its batch mates go on or not.
+            rest = (number,) if bool(new.any()) else range(number, self.rounds + 1)
+            for later in rest:
+                facts |= {f"decay/{name}/{later:02d}": value for name, value in shown.items()}
+            if not bool(new.any()):
+                break
+            removed = removed | new
+        return facts
+
+    def _components(self, name: str, x: Tensor) -> Tensor:
+        """Keep the first components of patch tokens; the shares that they explain `[b k]`."""
+        scores, shares = components(x)
+        self.maps.setdefault(f"pca_{name}", []).append(scores.float())
+        return shares
+
+    def _keep(self, name: str, value: Tensor, layer: int) -> None:
+        self.maps.setdefault(f"{name}/{layer:02d}", []).append(value)
+
+    def _note(self, noted: dict[str, Tensor], batch: dict[str, Any]) -> None:
+        """Into metrics, rows and arrays."""
+        plain = {name: value for name, value in noted.items() if value.ndim == 1}
+        means = [name for name in plain if not name.startswith("top_channel")]  # a name, no size
+        for name in sorted(means, key=lambda n: n.split("/")[-1:] if "/" in n else [""]):
             if name not in self.scores:
-                self.scores[name] = MeanMetric().set_dtype(torch.float64).to(self.device)
-            self.score(name).update(noted[name])
+                mean = MeanMetric(nan_strategy="ignore").set_dtype(torch.float64)
+                self.scores[name] = mean.to(self.device)
+            self.score(name).update(plain[name].double())
+        for name, value in noted.items():
+            if value.ndim > 1:
+                if name not in self.means:
+                    self.means[name] = ArrayMean(tuple(value.shape[1:])).to(self.device)
+                self.means[name].update(value)  # type: ignore[operator]
+        lists = {name: value.tolist() for name, value in plain.items()}
         for i, name in enumerate(batch["name"]):
             row = {"index": int(batch["index"][i]), "name": name}
-            self.rows.append(row | {key: float(value[i]) for key, value in noted.items()})
+            # A class that a picture lacks has no value, and NaN would say that something failed.
+            self.rows.append(row | {
+                key: value[i] if i < len(value) and value[i] == value[i] else None
+                for key, value in lists.items()
+            })  # fmt: skip
+
+    def results(self) -> dict[str, float]:
+        """The metrics as plain numbers by name, without classes that no picture has."""
+        # The first row says which columns there are.
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        self.rows = [{name: row.get(name) for name in names} for row in self.rows]
+        anatomy = vars(self.backbone.anatomy)
+        self.arrays = {name: torch.tensor(block).numpy() for name, block in anatomy.items()}
+        for name, value in _stacked({k: m.compute() for k, m in self.means.items()}).items():  # type: ignore[operator]
+            self.arrays[name] = value.cpu().numpy()
+        pictures = {name: torch.cat(parts) for name, parts in self.maps.items()}
+        for name, value in _stacked(pictures).items():
+            self.arrays[f"map_{name}"] = value.cpu().numpy()
+        return {name: value for name, value in super().results().items() if value == value}
 
     def _objects(self, batch: dict[str, Any]) -> Tensor | None:
         """Share of each patch that objects cover `[b p]`."""
@@ -58,3 +341,14 @@ class Anatomy(Task):
             return None
         covered = (batch["segmentation"] > 0).float()[:, None]
         return F.adaptive_avg_pool2d(covered, self.backbone.grid).flatten(1)
+
+
+def _stacked(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`name/00`, `name/01`, ... as one array `name` with blocks first."""
+    found: dict[str, list[Tensor]] = {}
+    for name in sorted(values):
+        found.setdefault(name.partition("/")[0], []).append(values[name])
+    return {
+        name: torch.stack(parts) if f"{name}/00" in values else parts[0]
+        for name, parts in found.items()
+    }

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric, SumMetric
 
 from fna_lab.metric import cost
+from fna_lab.metric.attention_error import AttentionError
+from fna_lab.metric.fallbacks import Fallbacks
 
 if TYPE_CHECKING:
     from fna_lab.backbone.base import Backbone, Features
@@ -24,16 +28,30 @@ class Task(L.LightningModule):
         patched: its patch.
         exact: a patch of the same blocks with exact attention, for the clock.
         cost: measure latency and memory on the first batch.
+        meter: measure the error of every replaced attention, block by block.
 
     Attributes:
         rows: one dict a sample, for `samples.parquet`.
         scores: the metrics by name; all are logged, and all are results.
         found: the results, after the test.
         costs: the cost on the first batch.
+        errors: what the meter found, see `AttentionError`; empty without one.
+        fallbacks: what the variant's guard counted, see `Fallbacks`; empty without one.
+        extra: further plain parts of the record, by name.
+        arrays: NumPy arrays by name, for `arrays.npz`; set with the results.
+        figures: whether `fna_lab.report` draws figures of such a run when it is finished.
     """
 
+    figures = False
+
     def __init__(
-        self, *, backbone: Backbone, patched: Patch, exact: Patch, cost: bool = True
+        self,
+        *,
+        backbone: Backbone,
+        patched: Patch,
+        exact: Patch,
+        cost: bool = True,
+        meter: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -44,7 +62,15 @@ class Task(L.LightningModule):
         self.rows: list[dict[str, Any]] = []
         self.costs: dict[str, float | None] = {}
         self.found: dict[str, float] = {}
+        self.errors: dict[str, Any] = {}
+        self.fallbacks: dict[str, Any] = {}
+        self.extra: dict[str, Any] = {}
+        self.arrays: dict[str, Any] = {}
         self.scores = nn.ModuleDict({"n": SumMetric()})
+        self.meter = None
+        if meter:
+            self.meter = AttentionError(backbone.depth, backbone.num_heads, exact.attn)
+        self.counter = None if patched.attn.guard is None else Fallbacks(backbone.depth)
 
     @property
     def name(self) -> str:
@@ -54,10 +80,27 @@ class Task(L.LightningModule):
     @torch.no_grad()
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Measure one batch; the first one also tells the cost."""
-        self.step(batch)
+        guard = self.patched.attn.guard
+        before = dict(guard.counts) if guard else {}
+        self.patched.meter = self.meter.attend if self.meter else None
+        try:
+            self.step(batch)
+        finally:
+            self.patched.meter = None
+        if guard and self.counter:
+            self.counter.update(before, guard.counts)
         self.score("n").update(len(batch["image"]))
         for name, metric in self.scores.items():
-            self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(batch["image"]))  # type: ignore[arg-type]
+            # Lightning looks for the attribute once; a later batch may bring a new metric.
+            where, size = f"scores.{name}", len(batch["image"])
+            self.log(
+                name,
+                metric,  # type: ignore[arg-type]
+                on_step=False,
+                on_epoch=True,
+                batch_size=size,
+                metric_attribute=where,
+            )
         if batch_idx == 0 and self.measure_cost:
             with self.patched.uncounted():
                 self.costs = self._cost(batch["image"])
@@ -79,6 +122,8 @@ class Task(L.LightningModule):
             RuntimeError: fewer or more samples were measured than the data set has.
         """
         self.found = self.results()
+        self.errors = self.meter.compute() if self.meter else {}
+        self.fallbacks = self.counter.compute() if self.counter else {}
         expected = self.trainer.datamodule.describe()["count"]  # type: ignore[attr-defined]
         if self.found["n"] != expected:
             raise RuntimeError(f"measured {self.found['n']:.0f} samples of {expected}")
@@ -130,3 +175,18 @@ class Task(L.LightningModule):
         found["exact_peak_mib"] = cost.peak_memory(run_exact, device) / 2**20
         found["patched_peak_mib"] = cost.peak_memory(run, device) / 2**20
         return found | flops
+
+
+@torch.no_grad()
+def embed_classes(backbone: Backbone, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """Zero-shot weights: the mean unit text embedding of each class over all templates `[c e]`.
+
+    Source: Radford et al. 2021, section 3.1.4.
+    """
+    means = []
+    for start in range(0, len(classes), 64):
+        some = classes[start : start + 64]
+        texts = [template.format(name) for name in some for template in templates]
+        found = backbone.encode_text(texts).unflatten(0, (len(some), -1))
+        means.append(found.mean(1))
+    return F.normalize(torch.cat(means).float(), dim=-1)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab.metric.accuracy import ClassAccuracy, knn_guesses
-from fna_lab.task.base import Task
+from fna_lab.task.base import Task, embed_classes
 
 log = logging.getLogger(__name__)
 PROTOCOLS = ("zero_shot", "knn", "head")
@@ -78,7 +78,7 @@ class Classification(Task):
                 metric = ClassAccuracy(len(classes), balanced=balanced)
                 self.scores[key] = metric.to(self.device)
         if "zero_shot" in self.protocols:
-            self._texts = self._embed_classes(classes, data.templates)
+            self._texts = embed_classes(self.backbone, classes, data.templates)
         if "knn" in self.protocols:
             with self.patched.uncounted():
                 self._bank = self._embed_bank(data)
@@ -135,16 +135,6 @@ class Classification(Task):
                     f"{len(bank)} pictures of the bank."
                 )
         return refusals
-
-    @torch.no_grad()
-    def _embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-        means = []
-        for start in range(0, len(classes), 64):
-            some = classes[start : start + 64]
-            texts = [template.format(name) for name in some for template in templates]
-            found = self.backbone.encode_text(texts).unflatten(0, (len(some), -1))
-            means.append(found.mean(1))
-        return F.normalize(torch.cat(means).float(), dim=-1)
 
     @torch.no_grad()
     def _embed_bank(self, data: Any) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,8 @@ class Evidence:
         bias: added to the logits, broadcastable to `[b h n n]`; None = nothing.
         found: tokens found in earlier rounds, bool `[b n]`; None in the first.
         stage: how those were taken out of this block's attention (`type1`), `mask` or `sink`.
+        neurons: the MLP neurons that the detector lists, after their activation, `[b n k]`; None
+            for a detector that lists none.
         prepared: what the detector's own `prepare` returned for this host.
     """
 
@@ -41,6 +43,7 @@ class Evidence:
     bias: Tensor | None = None
     found: Tensor | None = None
     stage: str = "mask"
+    neurons: Tensor | None = None
     prepared: Any = None
 
     def candidates(self) -> Tensor:
@@ -51,37 +54,46 @@ class Evidence:
 
     def cls_row(self) -> Tensor:
         """The attention of CLS, under what was found before: `[b h 1 n]`, in O(n d)."""
-        return self._weights(slice(0, 1))
+        q, k = self._queries_and_keys()
+        return ops.attention_rows(q, k, slice(0, 1), **self._logits())
 
     def pattern(self) -> Tensor:
         """The attention of every token: `[b h n n]`, in at least float32."""
-        return self._weights(slice(None))
+        q, k = self._queries_and_keys()
+        return ops.attention_rows(q, k, slice(None), **self._logits())
 
-    def _weights(self, rows: slice) -> Tensor:
-        assert self.q is not None and self.k is not None  # the patch gives what `reads` asks for
-        q, k = self.q, self.k
-        wide = torch.promote_types(q.dtype, torch.float32)
-        scores = self.scale * (q[:, :, rows].to(wide) @ k.to(wide).mT)
-        if self.bias is not None:
-            scores = scores + self.bias.expand(*q.shape[:3], k.shape[2])[:, :, rows]
-        if self.found is None:
-            return scores.softmax(-1)
-        gone = self.found[:, None, None]
-        if self.stage == "mask":
-            return scores.masked_fill(gone, -torch.inf).softmax(-1)
-        return scores.softmax(-1).masked_fill(gone, 0.0)
+    def incoming(self) -> Tensor:
+        """Attention that each token draws in each head: `[b h n]`, in chunks of queries."""
+        q, k = self._queries_and_keys()
+        return ops.incoming_by_head(q, k, **self._logits())
+
+    def incoming_share(self) -> Tensor:
+        """Share of the others' attention that each patch token draws: `[b n]`, in chunks."""
+        q, k = self._queries_and_keys()
+        return ops.incoming_share(q, k, prefix=self.num_prefix_tokens, **self._logits())
+
+    def _queries_and_keys(self) -> tuple[Tensor, Tensor]:
+        if self.q is None or self.k is None:
+            raise ValueError("Expected evidence with q and k, got hidden states alone.")
+        return self.q, self.k
+
+    def _logits(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("scale", "bias", "found", "stage")}
 
 
 class Detector(ABC):
     """Marks the tokens of T, each picture on its own; stateless.
 
     Attributes:
-        reads: `hidden` = the input of the detection block; `attention` = its queries and keys too.
+        reads: `hidden` = the input of the detection block; `attention` = its queries and keys
+            too; `neurons` = the input, and the activations of `neurons`.
         finds: the class that its tokens get, `massive` or `artifact`.
+        neurons: `(layer, neuron)` pairs of MLP neurons that it reads, of blocks before detection.
     """
 
     reads: str = "hidden"
     finds: str = "massive"
+    neurons: Sequence[tuple[int, int]] = ()
 
     @abstractmethod
     def __call__(self, evidence: Evidence) -> Tensor:
@@ -116,3 +128,13 @@ def token_norms(evidence: Evidence) -> Tensor:
     padding = norms.new_zeros((norms.shape[0], evidence.num_prefix_tokens))
     norms = torch.cat([padding, norms], dim=1)
     return norms.masked_fill(~evidence.candidates(), -torch.inf)
+
+
+def check_positive(setting: str, value: object) -> None:
+    """Raise unless a setting of a detector is a number > 0.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"mask.detector.{setting}={value!r}: expected a number > 0.")

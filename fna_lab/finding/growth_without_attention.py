@@ -1,0 +1,66 @@
+"""Massive tokens grow without attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fna_lab.attn.base import AttentionVariant, Context
+from fna_lab.backbone.base import Backbone
+from fna_lab.finding.base import Finding, Lab, Mean, Plot, Verdict, compared, only
+
+
+class NoAttention(AttentionVariant):
+    """Gives zeros; the bias of the output projection is all that is left."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:  # noqa: ARG002
+        """Zeros `[b h n d]`."""
+        return torch.zeros_like(v)
+
+
+class GrowthWithoutAttention(Finding):
+    """Growth from the restart to the detection block with attention switched off between them."""
+
+    number = 6
+    claim = "Massive tokens grow without attention: the MLP makes them."
+    source = "mlp_growth (MTA)"
+    plot = Plot(
+        "points",
+        {
+            "massive_on": "massive,\nwith attention",
+            "massive_off": "massive,\nwithout",
+            "normal_on": "other patches,\nwith attention",
+            "normal_off": "other patches,\nwithout",
+        },
+        "growth of the norm (factor)",
+        level=1.0,
+        log=True,
+    )
+
+    def measure(self, lab: Lab) -> dict[str, Tensor]:
+        """Mean factors of growth, `[b]` each."""
+        anatomy = lab.backbone.anatomy
+        first = max(anatomy.restart, 1)  # what block 0 receives is not kept
+        last = max(anatomy.detect - 1, first)
+        off = lab.run(NoAttention(), layers=range(first, last + 1))
+        chosen = lab.of_patches(lab.massive())
+        found = {}
+        for name, trace in (("on", lab.plain()), ("off", off)):
+            growth = lab.norms(trace.hidden[last]) / lab.norms(trace.hidden[first - 1])
+            growth = growth.double().log()
+            for kind, mine in (("massive", chosen), ("normal", ~chosen)):
+                mean = (growth * mine).sum(1) / mine.sum(1)
+                found[f"{kind}_{name}"] = only(mean.exp(), chosen.any(1))
+        return found
+
+    def verdict(self, found: Mapping[str, Tensor], backbone: Backbone) -> Verdict:
+        """On how much more massive tokens grow than others, with attention off, in pairs."""
+        ratio = Mean.of((found["massive_off"] / found["normal_off"]).log())
+        anatomy = backbone.anatomy
+        says = (
+            f"blocks {max(anatomy.restart, 1)}-{anatomy.detect - 1} without attention, "
+            "log(growth of massive / of other tokens) = {mean} over {n} pictures"
+        )
+        return compared(ratio, 0.0, says, "log_growth", above=True)

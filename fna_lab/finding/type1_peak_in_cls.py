@@ -1,0 +1,52 @@
+"""The largest activation after Type I lies in CLS."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fna_lab.backbone.base import Backbone
+from fna_lab.finding.base import Finding, Lab, Mean, Plot, Verdict, compared, only
+
+
+class Type1PeakInCls(Finding):
+    """Where the largest activation behind the last block is, under Type I and untouched."""
+
+    number = 3
+    claim = "The largest activation after Type I masking lies in CLS."
+    source = "masking patterns (MTA)"
+    plot = Plot(
+        "points",
+        {"plain": "untouched", "type1": "all sinks masked\n(Type I)"},
+        "largest activation of CLS /\nlargest of patch tokens",
+        level=1.0,
+        log=True,
+    )
+
+    def measure(self, lab: Lab) -> dict[str, Tensor]:
+        """Largest |activation| of CLS over that of the patch tokens, `[b]` each."""
+        some = lab.sinks().any(1) & torch.tensor(lab.backbone.has_cls)
+        prefix = lab.backbone.num_prefix_tokens
+        found = {}
+        for name, trace in (("plain", lab.plain()), ("type1", lab.iterative("mask"))):
+            size = trace.hidden[-1].abs().amax(2)
+            found[name] = only(size[:, 0] / size[:, prefix:].amax(1), some)
+        return found
+
+    def verdict(self, found: Mapping[str, Tensor], backbone: Backbone) -> Verdict:
+        """On the share of pictures whose largest activation is in CLS."""
+        if not backbone.has_cls:
+            return Verdict(None, "this backbone has no CLS")
+        shares = {}
+        for name, ratio in found.items():
+            shares[name] = Mean.of(only(ratio > 1, ratio.isfinite()))
+        says = "it lies in CLS in a share of {mean} of {n} pictures"
+        verdict = compared(shares["type1"], 0.5, says, "share_type1", above=True)
+        if shares["plain"] is None:
+            return verdict
+        numbers = {**verdict.numbers, **shares["plain"].numbers("share_plain")}
+        return Verdict(
+            verdict.holds, f"{verdict.says} (untouched: {shares['plain'].value:.3g})", numbers
+        )

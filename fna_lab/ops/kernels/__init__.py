@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA. No part of `fna_lab.ops` needs them; `switch` says when they serve."""

@@ -1,0 +1,33 @@
+"""Verdicts on findings, as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+WORDS = {True: ("holds", "green"), False: ("does not hold", "red"), None: ("open", "yellow")}
+
+
+def verdicts(record: Mapping[str, Any]) -> Group:
+    """One block of text a finding: the claim, the verdict, its numbers."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("", justify="right")
+    table.add_column("published finding and what is measured here")
+    table.add_column("verdict", no_wrap=True)
+    for found in record["findings"]:
+        word, colour = WORDS[found["holds"]]
+        text = Text(f"{found['claim']}\n", style="bold")
+        text.append(found["says"], style="not bold")
+        table.add_row(str(found["number"]), text, Text(word, style=f"bold {colour}"))
+        table.add_row("", "", "")
+    tokens = record["massive_tokens"]
+    said = f"Massive: what the CLS proxy finds at 0.3, {tokens['mean']:.2f} tokens a picture"
+    said += f" in {tokens['with_some']} of {tokens['pictures']} pictures"
+    if tokens["norm_medians"] is not None:
+        said += f"; their norm is {tokens['norm_medians']:.3g} medians"
+    return Group(table, Text(f"{said}.", style="italic"))

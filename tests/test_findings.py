@@ -1,0 +1,137 @@
+"""Findings on a backbone whose truth is known, and on one that has nothing to find."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fna_lab import ops
+from fna_lab.backbone.base import Backbone
+from fna_lab.backbone.planted import PlantedBackbone
+from fna_lab.backbone.timm import TimmBackbone
+from fna_lab.data.planted import PlantedData
+from fna_lab.finding.base import Lab, Mean, compared, named_findings
+from fna_lab.finding.growth_without_attention import NoAttention
+
+NAMES = [finding.name for finding in named_findings()]
+
+
+@pytest.fixture(scope="module")
+def planted() -> Backbone:
+    return PlantedBackbone()
+
+
+@pytest.fixture(scope="module")
+def images(planted: Backbone) -> Tensor:
+    data = PlantedData(transform=planted.transform, count=6, bank_count=1)
+    data.setup()
+    assert data.test_set is not None
+    return torch.stack([data.test_set[i]["image"] for i in range(6)])
+
+
+@pytest.fixture(scope="module")
+def verdicts(planted: Backbone, images: Tensor) -> dict[str, bool | None]:
+    lab = Lab(planted, images, rounds=8)
+    return {f.name: f.verdict(f.measure(lab), planted).holds for f in named_findings()}
+
+
+def test_there_are_eight_in_the_order_of_their_numbers() -> None:
+    assert [finding.number for finding in named_findings()] == list(range(1, 9))
+
+
+def test_what_is_built_into_the_planted_backbone_holds(verdicts: dict[str, bool | None]) -> None:
+    built = ("sinking_shrinks", "type1_peak_in_cls", "type2_controls_growth",
+             "growth_without_attention", "massive_cost_nothing")  # fmt: skip
+    assert {name: verdicts[name] for name in built} == dict.fromkeys(built, True)
+    assert verdicts["no_massive_in_mae"] is None  # it is no MAE
+
+
+def test_massive_tokens_and_sinks_are_the_truth(planted: Backbone, images: Tensor) -> None:
+    lab = Lab(planted, images, rounds=12)
+    truth = planted.truth(images)  # type: ignore[operator]
+    assert torch.equal(lab.massive(), truth["massive"])
+    assert torch.equal(lab.sinks(), truth["massive"] | truth["artifact"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_of_a_picture_do_not_depend_on_its_batch_mates(
+    name: str, planted: Backbone, images: Tensor
+) -> None:
+    (finding,) = named_findings([name])
+    together = finding.measure(Lab(planted, images[:3], rounds=6))
+    alone = [finding.measure(Lab(planted, image, rounds=6)) for image in images[:3].split(1)]
+    for column, values in together.items():
+        each = torch.cat([one[column] for one in alone])
+        if "random" not in column:
+            torch.testing.assert_close(values, each, equal_nan=True, rtol=1e-4, atol=1e-6)
+
+
+def test_without_massive_tokens_nothing_is_claimed() -> None:
+    backbone = PlantedBackbone(planted=False)
+    data = PlantedData(transform=backbone.transform, count=4, bank_count=1)
+    data.setup()
+    assert data.test_set is not None
+    lab = Lab(backbone, torch.stack([data.test_set[i]["image"] for i in range(4)]), rounds=4)
+    for finding in named_findings():
+        if finding.name == "landmark_classes":
+            continue  # CLS is there, and is judged alone
+        assert finding.verdict(finding.measure(lab), backbone).holds is None
+
+
+def test_mae_is_judged_and_a_huge_activation_is_seen() -> None:
+    backbone = TimmBackbone(name="vit_base_patch16_224.mae", pretrained=False, img_size=32)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    (finding,) = named_findings(["no_massive_in_mae"])
+    assert finding.verdict(finding.measure(Lab(backbone, images)), backbone).holds is True
+    backbone.host.blocks[5].mlp.fc2.bias[7] = 5000.0
+    assert finding.verdict(finding.measure(Lab(backbone, images)), backbone).holds is False
+
+
+def test_growth_is_that_of_a_chain_of_mlps(planted: Backbone, images: Tensor) -> None:
+    (finding,) = named_findings(["growth_without_attention"])
+    lab = Lab(planted, images)
+    found = finding.measure(lab)
+    x = lab.plain().hidden[planted.anatomy.restart - 1]
+    before = lab.norms(x)
+    for block in planted.blocks[planted.anatomy.restart : planted.anatomy.detect]:
+        x = x + block.mlp(block.norm2(x))  # its output projection has no bias
+    growth = (lab.norms(x) / before).double().log()
+    chosen = lab.of_patches(lab.massive())
+    wanted = torch.stack([g[c].mean().exp() for g, c in zip(growth, chosen, strict=True)])
+    torch.testing.assert_close(found["massive_off"], wanted, rtol=1e-4, atol=1e-6)
+    assert NoAttention().name == "growth_without_attention"
+
+
+def test_a_mean_leaves_out_what_cannot_tell_and_knows_its_uncertainty() -> None:
+    values = torch.randn(500, generator=torch.Generator().manual_seed(0)).double()
+    mean = Mean.of(torch.cat([values, torch.full((9,), torch.nan, dtype=torch.double)]))
+    assert mean is not None and mean.count == 500
+    error = float(values.std()) / math.sqrt(500)
+    assert mean.value == pytest.approx(float(values.mean()))
+    assert mean.low == pytest.approx(mean.value - 1.96 * error, abs=0.2 * error)
+    assert mean.high == pytest.approx(mean.value + 1.96 * error, abs=0.2 * error)
+    assert Mean.of(torch.full((3,), torch.nan)) is None
+
+
+@pytest.mark.parametrize(("shift", "holds"), [(1.0, True), (-1.0, False), (0.0, None)])
+def test_a_verdict_needs_the_whole_interval(shift: float, holds: bool | None) -> None:
+    values = torch.tensor([-0.2, -0.1, 0.1, 0.2]).double() + shift
+    verdict = compared(Mean.of(values), 0.0, "{mean} of {n}", "x", above=True)
+    assert verdict.holds is holds
+    assert compared(None, 0.0, "{mean}", "x", above=True).holds is None
+
+
+def test_bootstrap_refuses_what_it_cannot_judge() -> None:
+    with pytest.raises(ValueError, match="values to hold at least one"):
+        ops.bootstrap_mean(torch.zeros(0))
+    with pytest.raises(ValueError, match="level between 0 and 1"):
+        ops.bootstrap_mean(torch.zeros(3), level=1.0)
+    assert ops.bootstrap_mean(torch.tensor([2.0])) == (2.0, 2.0)
+
+
+def test_an_unknown_finding_is_named() -> None:
+    with pytest.raises(ValueError, match="task.findings: 'nine' is none of growth_without"):
+        named_findings(["nine"])
