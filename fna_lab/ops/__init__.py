@@ -31,9 +31,11 @@ from fna_lab.ops.choices import (
     segment_centres,
     spread_queries,
 )
+from fna_lab.ops.clustered import cluster_means, clustered_attention, nearest_landmarks
 from fna_lab.ops.cost import (
     attention_flops,
     break_even_tokens,
+    clustered_flops,
     farthest_points_flops,
     nystrom_flops,
     spread_points_flops,
@@ -79,7 +81,7 @@ from fna_lab.ops.patterns import (
     token_rows,
     zero_rows,
 )
-from fna_lab.ops.points import farthest_points
+from fna_lab.ops.points import farthest_points, sketch_points
 from fna_lab.ops.random_features import orthogonal_features, performer_attention
 from fna_lab.ops.register_neurons import (
     register_neuron_scores,
@@ -134,7 +136,10 @@ __all__ = [
     "class_suppression",
     "cls_proxy",
     "cls_row",
+    "cluster_means",
     "cluster_medoids",
+    "clustered_attention",
+    "clustered_flops",
     "condition_number",
     "defect_direction",
     "drawn_attention",
@@ -155,6 +160,7 @@ __all__ = [
     "matching_places",
     "mean_of_tokens",
     "merge_tokens",
+    "nearest_landmarks",
     "newton_schulz",
     "norm_fixed",
     "norm_gap",
@@ -189,9 +195,9 @@ __all__ = [
     "set_counts",
     "sink_rate",
     "sketch_points",
+    "solve_residual",
     "spread_points",
     "spread_points_flops",
-    "solve_residual",
     "spread_queries",
     "standard_scores",
     "strongest_activation",
@@ -203,6 +209,6 @@ __all__ = [
     "top_activations",
     "top_register_neurons",
     "unmerge_tokens",
-    "zero_rows",
     "weight_facts",
+    "zero_rows",
 ]
