@@ -81,7 +81,7 @@ from fna_lab.ops.patterns import (
     token_rows,
     zero_rows,
 )
-from fna_lab.ops.points import farthest_points, sketch_points
+from fna_lab.ops.points import farthest_points
 from fna_lab.ops.random_features import orthogonal_features, performer_attention
 from fna_lab.ops.register_neurons import (
     register_neuron_scores,
