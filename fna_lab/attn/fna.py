@@ -125,12 +125,12 @@ class FastNystromAttention(LandmarkAttention):
 
     def _points(self, q: Tensor, k: Tensor, context: Context) -> Tensor:
         """What is sampled and clustered, in a sketch: `[b n c]`, or per head `[b*h n c]`."""
-        normed = self.source == "normed"
-        source = "input" if normed and self.sketch else self.source
-        points = source_points(source, q, k, context, per_head=self.per_head)
+        if self.source == "normed" and self.sketch and self.sketch < context.x.shape[2]:
+            return ops.sketch_points(context.x, self.sketch, normed=True)  # takes no normed copy
+        points = source_points(self.source, q, k, context, per_head=self.per_head)
         if self.sketch is None or self.sketch >= points.shape[2]:
-            return source_points(self.source, q, k, context, per_head=self.per_head)
-        return ops.sketch_points(points, self.sketch, normed=normed)
+            return points
+        return ops.sketch_points(points, self.sketch)
 
     def _members(
         self, points: Tensor, landmarks: Tensor, keys: Tensor | None, context: Context
