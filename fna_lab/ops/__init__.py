@@ -72,6 +72,7 @@ from fna_lab.ops.nystrom import (
 from fna_lab.ops.patterns import (
     PATTERNS,
     STAGES,
+    WITHOUT_TOKENS,
     check_pattern,
     masked_attention,
     removed_pairs,
@@ -114,6 +115,7 @@ __all__ = [
     "PATTERNS",
     "REPLACEMENTS",
     "STAGES",
+    "WITHOUT_TOKENS",
     "TOKEN_CLASSES",
     "alignment",
     "attention",

@@ -21,6 +21,7 @@ PATTERNS = (
 )
 STAGES = ("mask", "sink")
 EMPTY_ROWS = ("t_to_x", "x_to_x")
+WITHOUT_TOKENS = ("x_self", "x_to_x")  # the same pairs whatever is in T
 
 
 def check_pattern(pattern: str, stage: str, prefix: str = "") -> str:
