@@ -31,9 +31,11 @@ from fna_lab.ops.choices import (
     segment_centres,
     spread_queries,
 )
+from fna_lab.ops.clustered import cluster_means, clustered_attention, nearest_landmarks
 from fna_lab.ops.cost import (
     attention_flops,
     break_even_tokens,
+    clustered_flops,
     farthest_points_flops,
     nystrom_flops,
     spread_points_flops,
@@ -98,8 +100,9 @@ from fna_lab.ops.sinks import (
     sink_rate,
     standard_scores,
 )
+from fna_lab.ops.sketch import sketch_points
 from fna_lab.ops.solvers import newton_schulz, ridge_solve
-from fna_lab.ops.spread import sketch_points, spread_points
+from fna_lab.ops.spread import spread_points
 from fna_lab.ops.strategies import (
     CORRECTIONS,
     REPLACEMENTS,
@@ -136,7 +139,10 @@ __all__ = [
     "class_suppression",
     "cls_proxy",
     "cls_row",
+    "cluster_means",
     "cluster_medoids",
+    "clustered_attention",
+    "clustered_flops",
     "condition_number",
     "defect_direction",
     "drawn_attention",
@@ -157,6 +163,7 @@ __all__ = [
     "matching_places",
     "mean_of_tokens",
     "merge_tokens",
+    "nearest_landmarks",
     "newton_schulz",
     "norm_fixed",
     "norm_gap",
@@ -191,9 +198,9 @@ __all__ = [
     "set_counts",
     "sink_rate",
     "sketch_points",
+    "solve_residual",
     "spread_points",
     "spread_points_flops",
-    "solve_residual",
     "spread_queries",
     "standard_scores",
     "strongest_activation",
@@ -205,6 +212,6 @@ __all__ = [
     "top_activations",
     "top_register_neurons",
     "unmerge_tokens",
-    "zero_rows",
     "weight_facts",
+    "zero_rows",
 ]
