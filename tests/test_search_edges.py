@@ -176,3 +176,16 @@ def test_only_what_depends_on_tokens_must_find_some(pattern):
         else:
             with pytest.raises(ValueError, match="finds no token"):
                 _check_found(patched)
+
+
+@pytest.mark.parametrize("stage", ["mask", "sink"])
+@pytest.mark.parametrize("ratio", [1.5, 1e6])
+def test_type2_compiles_without_graph_breaks(stage, ratio):
+    host, model, x = build("timm vit")
+    mask = Type2Mask(stage=stage, detector=ClsProxyDetector(ratio=ratio))
+    with torch.no_grad(), fna_lab.patch(model, "exact", mask, layers="2-3") as patched:
+        wanted = host.run(model, x)
+        assert any(patched.found) == (ratio < 2)
+        torch._dynamo.reset()
+        compiled = torch.compile(model.forward_features, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), wanted, rtol=1e-4, atol=1e-4)
