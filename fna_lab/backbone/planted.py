@@ -204,7 +204,7 @@ def _normed(**sizes: float) -> dict[str, float]:
     return {name: math.sqrt(WIDTH) * size / length for name, size in sizes.items()}
 
 
-# The four kinds of token as attention sees them.
+# The kinds of token as attention sees them.
 NORMAL = _normed(const=BASE)
 CLS_TOKEN = _normed(const=BASE, cls=BASE)
 ARTIFACT_TOKEN = _normed(const=BASE, artifact=ARTIFACT_SIZE, mark=MARK, light=0.2)
