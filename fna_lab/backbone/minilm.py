@@ -148,11 +148,17 @@ class MiniLmBackbone(Backbone):
         """Channels of a token inside the blocks."""
         return int(self.host.config.hidden_size)
 
+    def pixels(self, images: Tensor) -> Tensor:
+        """There is nothing to look at: a grey pixel a word token, uint8 `[b 1 n 3]`."""
+        return torch.full((len(images), *self.grid, 3), 128, dtype=torch.uint8)
+
     def describe(self) -> dict[str, Any]:
         """Plain facts for `metrics.json`."""
-        facts = super().describe()
-        del facts["img_size"], facts["patch_size"]
-        return facts | {"modality": "text", "max_tokens": self.max_tokens, "pool": self.pool}
+        return super().describe() | {
+            "modality": "text",
+            "max_tokens": self.max_tokens,
+            "pool": self.pool,
+        }
 
 
 def _folder(checkpoint: str | None) -> Path:

@@ -26,6 +26,7 @@ from fna_lab.backbone.seam import (
     LeaveSeam,
     Probed,
     hidden,
+    padding_of,
     with_hidden,
 )
 from fna_lab.backbone.search import Again, Finder, Found, Pass, Search, plan_searches
@@ -288,6 +289,7 @@ class Patch:
             self._pass = Pass(grid=self._pass.grid)
         self._pass.last = layer
         x = given = hidden(args, kwargs, f"{self._path}.{layer}")
+        self._pass.padding = padding_of(args, kwargs)
         for search in self.searches:
             if search.probes and layer in search.reruns:
                 self._pass.calls[layer] = args, kwargs

@@ -269,3 +269,12 @@ def with_hidden(
     if args:
         return (x, *args[1:]), kwargs
     return args, kwargs | {"hidden_states" if "hidden_states" in kwargs else "x": x}
+
+
+def padding_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Padding tokens, bool `[b n]`, by the mask `[b 1 1 n]` that a block is handed; else None."""
+    for part in (*args, *kwargs.values()):
+        if isinstance(part, Tensor) and part.ndim == 4 and part.shape[1] == part.shape[2] == 1:
+            keep = part[:, 0, 0]
+            return ~keep if keep.dtype == torch.bool else ~torch.isfinite(keep)
+    return None

@@ -109,6 +109,7 @@ class Pass:
         last: the block that ran last.
         nth: how many blocks with the attention variant ran.
         grid: (rows, columns) of the patch tokens.
+        padding: tokens that are none, bool `[b n]`, None where there are none.
         found: by the name of the search.
         shared: by attention variants.
         calls: positional and keyword arguments of the blocks that may run again.
@@ -118,6 +119,7 @@ class Pass:
     last: int = -1
     nth: int = 0
     grid: tuple[int, int] | None = None
+    padding: Tensor | None = None
     found: dict[str, Found] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
@@ -225,6 +227,12 @@ class Finder:
                 call = seen.call
         q, k, attn_mask, scale = call or (None, None, None, 1.0)
         prefix = self.prefix(x)
+        gone = None if found is None else found.tokens
+        if state.padding is not None:  # out of attention as well, and never found
+            shared = len(state.padding) == 1  # by all pictures
+            padding = state.padding if shared else _of(state.padding, only)
+            padding = padding.expand(x.shape[:2])
+            gone = padding if gone is None else gone | padding
         return Evidence(
             x,
             prefix,
@@ -234,7 +242,7 @@ class Finder:
             k=k,
             scale=scale,
             bias=_as_bias(attn_mask, x.dtype),
-            found=None if found is None else found.tokens,
+            found=gone,
             stage=search.stage,
             neurons=None if search.neurons is None else search.neurons.read(),
             prepared=search.prepared,

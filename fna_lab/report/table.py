@@ -85,7 +85,7 @@ def _heading(record: Mapping[str, Any]) -> Text:
     text.append(f" of {data['count']} pictures of {data['name']}")
     text.append(" (synthetic)\n" if data.get("synthetic") else "\n")
     constructed = " (constructed)" if backbone.get("constructed") else ""
-    text.append(f"backbone  {backbone['name']}{constructed}: {backbone['img_size']} px, ")
+    text.append(f"backbone  {backbone['name']}{constructed}: {_size(backbone)}, ")
     text.append(f"{backbone['num_tokens']} tokens, {backbone['depth']} blocks\n")
     attn = _said(config["attn"], ("layers", "landmarks", "solver"))
     text.append(f"attn      {record['attn']['name']} in blocks {_range(record['attn']['layers'])}")
@@ -213,3 +213,9 @@ def _range(layers: Sequence[int]) -> str:
     if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]}-{layers[-1]}"
     return ", ".join(map(str, layers))
+
+
+def _size(backbone: dict[str, Any]) -> str:
+    if backbone.get("modality") == "text":
+        return f"sentences of {backbone['max_tokens']} tokens"
+    return f"{backbone['img_size']} px"
