@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fna_lab.backbone.budget import solve_budget
     from fna_lab.backbone.patch import patch
 
-__all__ = ["__version__", "patch"]
+__all__ = ["__version__", "patch", "solve_budget"]
 __version__ = "0.1.0"
 
 
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from fna_lab.backbone.patch import patch
 
         return patch
+    if name == "solve_budget":
+        from fna_lab.backbone.budget import solve_budget
+
+        return solve_budget
     raise AttributeError(f"module 'fna_lab' has no attribute {name!r}")

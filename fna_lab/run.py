@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import wandb
 from omegaconf import DictConfig, OmegaConf
 
 from fna_lab.attn.layers import parse_layers
-from fna_lab.backbone.base import Backbone
+from fna_lab.backbone.base import Backbone, compared
+from fna_lab.backbone.budget import Plan as Solved
+from fna_lab.backbone.budget import solve_budget
 from fna_lab.backbone.patch import Patch, patch
 from fna_lab.build import build
 from fna_lab.data.base import PictureData
@@ -45,7 +48,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     backbone: Backbone = build(cfg.backbone)
     data: PictureData = build(cfg.data, transform=backbone.transform)
-    patched, exact = plan(cfg, backbone)
+    patched, exact, solved = plan(cfg, backbone, data)
     data.setup("test")
     task: Task = build(cfg.task, backbone=backbone, patched=patched, exact=exact)
     logger = build(cfg.logger, save_dir=str(folder))
@@ -69,8 +72,11 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             "data": data.describe(),
             "backbone": backbone.describe(),
             "attn": {"name": patched.attn.name, "layers": list(patched.attn_layers)},
+            "budget": asdict(solved) if solved else {},
             "mask": _mask_facts(patched),
             "metrics": task.found,
+            "errors": task.errors,
+            "fallbacks": task.fallbacks,
             "cost": task.costs,
             **task.extra,
             "seconds": round(time.time() - begin, 1),
@@ -85,37 +91,86 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         wandb.finish()
 
 
-def plan(cfg: DictConfig, backbone: Backbone) -> tuple[Patch, Patch]:
+def plan(
+    cfg: DictConfig, backbone: Backbone, data: PictureData
+) -> tuple[Patch, Patch, Solved | None]:
     """Patch the backbone as the config says, and once more with exact attention, switched off.
 
-    Where attention is replaced, masked and searched is the backbone's anatomy, unless set.
+    Where attention is replaced, masked and searched is the backbone's anatomy, unless set. What
+    is left to a few pictures (`attn.layers=auto`, a variant's own calibration) is settled here.
+
+    Returns:
+        The patch, that of exact attention, and what kept the budget, None without one.
     """
     settings = cfg.attn.copy()
     OmegaConf.set_struct(settings, False)
-    layers = settings.pop("layers", None)
+    layers: Any = settings.pop("layers", None)
+    budget: Any = settings.pop("budget", None)
     layers = OmegaConf.to_object(layers) if OmegaConf.is_config(layers) else layers
+    if layers != "auto" and budget is not None:
+        raise ValueError(
+            f"attn.budget={budget} chooses the blocks: it goes with attn.layers=auto."
+        )
     attn, mask = build(settings), build(cfg.mask)
     anatomy, depth = backbone.anatomy, backbone.depth
-    attn.check_tokens(backbone.num_tokens)
+    if layers != "auto":
+        attn.check_tokens(backbone.num_tokens)
     masked = parse_layers(
         range(anatomy.mask, depth) if mask.layers is None else mask.layers,
         depth,
         setting="mask.layers",
     )
     detect = min(anatomy.detect, masked[0])
-    patched = patch(
-        backbone.host,
-        attn,
-        mask,
-        layers=range(anatomy.fna, depth) if layers is None else layers,
-        blocks=backbone.blocks_path,
-        mask_layers=masked,
-        detect=detect,
-        restart=min(anatomy.restart, detect if mask.detect is None else mask.detect),
-    )
+    patching = {
+        "mask": mask,
+        "blocks": backbone.blocks_path,
+        "mask_layers": masked,
+        "detect": detect,
+        "restart": min(anatomy.restart, detect if mask.detect is None else mask.detect),
+    }
+    solved = None
+    if attn.calibration_pictures:
+        with _calibrating(cfg, backbone, data, attn.calibration_pictures) as pictures:
+            attn = attn.calibrate(lambda: backbone(pictures), backbone.blocks)
+    if layers == "auto":
+        if budget is None:
+            raise ValueError("attn.layers=auto needs a budget of error, such as attn.budget=0.01.")
+        with _calibrating(cfg, backbone, data, cfg.calibration) as pictures:
+            log.info("attn.budget=%s: choosing on %d pictures", budget, len(pictures))
+            solved = solve_budget(
+                backbone.host,
+                pictures,
+                attn,
+                budget=budget,
+                features=lambda images: compared(backbone(images)),
+                patching=patching,
+            )
+        attn, layers = attn.with_landmarks(solved.landmarks), sorted(solved.landmarks)
+    layers = range(anatomy.fna, depth) if layers is None else layers
+    patched = patch(backbone.host, attn, layers=layers, **patching)
     exact = patch(backbone.host, "exact", layers=patched.attn_layers, blocks=backbone.blocks_path)
     exact.enabled = False
-    return patched, exact
+    return patched, exact, solved
+
+
+@contextmanager
+def _calibrating(
+    cfg: DictConfig, backbone: Backbone, data: PictureData, count: Any
+) -> Iterator[torch.Tensor]:
+    """So many calibration pictures, and the backbone with them, on the trainer's device.
+
+    Raises:
+        ValueError: `calibration` is no number of pictures.
+    """
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"calibration={count!r}: expected a number of pictures >= 1.")
+    data.setup("test")
+    with _quiet(), torch.no_grad():
+        trainer: L.Trainer = build(cfg.trainer, logger=False)
+        device = trainer.strategy.root_device
+        backbone.to(device)
+        yield data.calibration(count).to(device)
+    backbone.to("cpu")
 
 
 def _mask_facts(patched: Patch) -> dict[str, Any]:

@@ -22,7 +22,7 @@ OPTIONS = [option for option in OPTIONS if "/" in option and option not in EXPER
 PAIRED = ("attn", "attn/landmarks", "attn/solver", "mask", "mask/detector", "data", "task")
 # What only a run can give, and what only a run reads.
 GIVEN = {"data": {"transform"}, "task": {"backbone", "patched", "exact"}, "logger": {"save_dir"}}
-READ_BY_RUN = {"attn": {"layers"}}
+READ_BY_RUN = {"attn": {"layers", "budget"}}
 
 
 def composed(option: str) -> DictConfig:
@@ -99,7 +99,7 @@ def test_every_variant_is_one_file_and_one_yaml(group: str) -> None:
     package = importlib.import_module(f"fna_lab.{group.replace('/', '.')}")
     assert package.__file__ is not None
     modules = {p.stem for p in Path(package.__file__).parent.glob("*.py")}
-    shared = {"__init__", "base", "classes", "layers", "stopwatch", "shapes_world"}
+    shared = {"__init__", "base", "classes", "guard", "layers", "stopwatch", "shapes_world"}
     assert {p.stem for p in (CONF / group).glob("*.yaml")} == modules - shared
     for name in modules - shared:
         target = composed(f"{group}/{name}")["_target_"]

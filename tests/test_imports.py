@@ -32,11 +32,12 @@ MAY = {
     "report": (),
     "build": (),
     "help": (),
-    "run": ("build", "report", "attn.layers", "backbone.base", "backbone.patch", "data.base",
+    "run": ("build", "report", "attn.layers", "backbone.base",
+            "backbone.budget", "backbone.patch", "data.base",
             "task.base"),
     "cli": ("help", "run", "report"),
     "__main__": ("cli",),
-    "__init__": ("backbone.patch",),
+    "__init__": ("backbone.patch", "backbone.budget"),
     "bench": ("attn.base", "attn.layers", "attn.stopwatch", "backbone.named",
               "backbone.patch", "backbone.timm",
               "metric", "report"),
@@ -112,7 +113,7 @@ GROUPS = ("attn", "attn/landmarks", "attn/solver", "mask", "mask/detector", "tas
 @pytest.mark.parametrize("group", GROUPS)
 def test_no_variant_imports_another_of_its_group(group: str) -> None:
     folder = PACKAGE / group
-    shared = {"base", "classes", "layers", "stopwatch", "__init__"}
+    shared = {"base", "classes", "guard", "layers", "stopwatch", "__init__"}
     variants = {p.stem for p in folder.glob("*.py")} - shared
     for name in variants:
         for module in imports(folder / f"{name}.py"):

@@ -35,7 +35,19 @@ GRID = (5, 8)
 
 def choose(name, points, num, *, prefix=1, guaranteed=None, allowed=None):
     none = torch.zeros(points.shape[0], 0, dtype=torch.long)
-    return SAMPLERS[name]()(
+    sampler = SAMPLERS[name]()
+    if sampler.reads == "attention":
+        drawn = sampler.drawn(
+            points[:, None],
+            points[:, None],
+            scale=0.2,
+            allowed=allowed,
+            has_cls=prefix > 0,
+            num_prefix_tokens=prefix,
+            grid=GRID,
+        )
+        points = drawn.mean(1)[..., None]
+    return sampler(
         points,
         num,
         guaranteed=none if guaranteed is None else guaranteed,
@@ -147,3 +159,72 @@ def test_solvers_invert_a_good_kernel_and_stay_finite_on_a_bad_one(name):
     torch.testing.assert_close(kernel @ found, values, rtol=0.05, atol=0.05)
     flat = torch.full((1, 1, 12, 12), 1 / 12)
     assert torch.isfinite(SOLVERS[name]()(flat, values[:1, :1].float())).all()
+
+
+@pytest.mark.parametrize("has_cls", [True, False])
+def test_drawn_attention_equals_its_definition(has_cls):
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 2, 3, 41, 8, dtype=torch.float64, generator=generator)
+    keys = torch.rand(2, 41, generator=generator) < 0.7
+    rows = ops.spread_queries(40, 6, grid=GRID, prefix=1, has_cls=has_cls)
+    assert len(rows) <= 6 + has_cls and (rows[0] == 0) == has_cls
+    found = ops.drawn_attention(q, k, rows, scale=0.3, keys=keys, first_half=has_cls)
+    for b in range(2):
+        pattern = (0.3 * q[b] @ k[b].mT).masked_fill(~keys[b], -torch.inf).softmax(-1)
+        weights = [0.5 if has_cls and r == 0 else 1 / len(rows) for r in rows]
+        if has_cls:
+            weights[1:] = [0.5 / (len(rows) - 1)] * (len(rows) - 1)
+        weights = [w * bool(keys[b, r]) for w, r in zip(weights, rows, strict=True)]
+        total = sum(w * pattern[:, r] for w, r in zip(weights, rows, strict=True)) / sum(weights)
+        torch.testing.assert_close(found[b], total)
+
+
+@every_sampler
+def test_heads_may_have_landmarks_of_their_own(name):
+    from fna_lab.attn.base import Context
+    from fna_lab.attn.fna import FastNystromAttention
+    from fna_lab.attn.subset import SubsetAttention
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 41, 8, dtype=torch.float64, generator=generator)
+    keep = torch.rand(2, 1, 1, 41, generator=generator) < 0.8
+    keep[..., 0] = True
+    massive = torch.zeros(2, 41, dtype=torch.bool)
+    massive[0, 7] = massive[1, [9, 11]] = True
+    for source in ("q", "k", "qk"):
+        for variant in (FastNystromAttention, SubsetAttention):
+            settings = dict(num_landmarks=9, source=source, landmarks=SAMPLERS[name]())
+            settings |= dict(guarantee=["cls", "massive"])
+            many = variant(**settings, per_head=True)
+            for mask in (None, keep):
+                more = dict(layer=0, nth=0, scale=8**-0.5, num_prefix_tokens=1, has_cls=True)
+                more |= dict(grid=GRID, attn_mask=mask, classes={"massive": massive})
+                x = torch.randn(2, 41, 32, generator=generator)
+                out = many(q, k, v, Context(x=x, **more))
+                # Of a single head, shared landmarks are its own.
+                one = [
+                    variant(**settings)(
+                        *(t[:, h : h + 1] for t in (q, k, v)), Context(x=x, **more)
+                    )
+                    for h in range(4)
+                ]
+                torch.testing.assert_close(out, torch.cat(one, dim=1), rtol=1e-4, atol=1e-5)
+
+
+def test_heads_differ_in_queries_and_keys_alone():
+    from fna_lab.attn.fna import FastNystromAttention
+
+    with pytest.raises(ValueError, match="attn.per_head=true with attn.source=normed.*q, k, qk"):
+        FastNystromAttention(per_head=True)
+    one = FastNystromAttention(source="k")
+    many = FastNystromAttention(source="k", per_head=True)
+    shape = dict(heads=6, head_dim=64, channels=384, layers=2)
+    choice = one.landmarks.flops(1370, 64, 64)
+    assert many.flops(1370, **shape) - one.flops(1370, **shape) == 2 * 5 * choice
+
+
+def test_landmarks_of_the_wrong_shape_are_named():
+    q = torch.randn(2, 4, 41, 8)
+    for wrong in (torch.zeros(3, 6).long(), torch.zeros(2, 3, 6).long(), torch.zeros(6).long()):
+        with pytest.raises(ValueError, match=r"landmarks .*\[b|landmarks \[2 m\]"):
+            ops.nystrom_attention(q, q, q, wrong)

@@ -27,7 +27,7 @@ from fna_lab.mask.type1 import Type1Mask
 from fna_lab.mask.type2 import Type2Mask
 
 ROOT = Path(fna_lab.__file__).parent
-SHARED_FILES = {"__init__", "base", "classes", "layers", "stopwatch"}
+SHARED_FILES = {"__init__", "base", "classes", "guard", "layers", "stopwatch"}
 ATTN = sorted({p.stem for p in (ROOT / "attn").glob("*.py")} - SHARED_FILES)
 every_host = pytest.mark.parametrize("name", HOSTS)
 every_variant = pytest.mark.parametrize("attn", ATTN)
@@ -50,17 +50,28 @@ class Explicit(AttentionVariant):
 def settings(attn):
     """Few landmarks, where a variant has such a setting."""
     module = importlib.import_module(f"fna_lab.attn.{attn}")
-    (cls,) = (c for c in vars(module).values() if getattr(c, "__module__", "") == module.__name__)
-    return {"num_landmarks": 6} if "num_landmarks" in inspect.signature(cls).parameters else {}
+    classes = (c for c in vars(module).values() if inspect.isclass(c))
+    (cls,) = (c for c in classes if c.__module__ == module.__name__)
+    few = {"num_landmarks": 6, "num_explicit": 3, "rank": 1, "neurons": [[1, 3], [2, 5]]}
+    return {name: few[name] for name in inspect.signature(cls).parameters if name in few}
+
+
+REFUSALS = {  # of position encodings that have no place for what a variant does
+    ("performer", "beit"): "attn=performer cannot honour the position bias",
+    ("registers", "beit"): "attn=registers cannot honour the host's attention mask or position b",
+    ("registers", "eva02"): "attn=registers cannot honour the rotary embedding",
+    ("registers", "dinov3"): "attn=registers cannot honour the rotary embedding",
+}
 
 
 def skip_refusals(attn, name):
-    """A variant that cannot honour a position bias says so, and that is its contract."""
-    if attn != "performer" or "beit" not in name:
+    """A variant that cannot honour a position encoding says so, and that is its contract."""
+    words = [w for (who, host), w in REFUSALS.items() if who == attn and host in name]
+    if not words:
         return False
     host, model, x = build(name)
-    with fna_lab.patch(model, attn, layers="1-3"):
-        with pytest.raises(NotImplementedError, match="attn=performer cannot honour the position"):
+    with fna_lab.patch(model, attn, layers="1-3", **settings(attn)):
+        with pytest.raises(NotImplementedError, match=words[0]):
             host.run(model, x)
     return True
 
@@ -111,6 +122,12 @@ def test_a_picture_does_not_see_its_batch_mates(name, attn, mask, stage):
         return
     host, model, x = build(name)
     strategy = "none" if mask is None else mask(stage=stage, detector=NormGapDetector(min_gap=0))
+    if attn == "registers" and mask is not None:
+        with pytest.raises(
+            NotImplementedError, match="attn=registers cannot honour the mask patt"
+        ):
+            fna_lab.patch(model, attn, strategy, layers="1-3", mask_layers="2-3", **settings(attn))
+        return
     with fna_lab.patch(model, attn, strategy, layers="1-3", mask_layers="2-3", **settings(attn)):
         together = host.run(model, x)
         alone = torch.cat([host.run(model, picture) for picture in x.split(1)])
@@ -248,7 +265,7 @@ def test_a_padding_mask_is_honoured(attn):
 
     padded = variant(q, k, v, context(x=x, attn_mask=keep))[:, :, :real]
     short = variant(*(t[:, :, :real] for t in (q, k, v)), context(x=x[:, :real]))
-    if attn not in ("nystromformer", "linformer_pool", "tome"):  # these cut what is there
+    if attn not in ("nystromformer", "linformer_pool", "tome", "prune"):  # these cut what is there
         torch.testing.assert_close(padded, short, rtol=1e-4, atol=1e-5)
     q[:, :, real:], k[:, :, real:], v[:, :, real:] = 7.0, -3.0, 100.0
     x[:, real:] = 9 * torch.randn(2, 30 - real, 16)

@@ -7,17 +7,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle as Handle
 
 from fna_lab import ops
 from fna_lab.attn.classes import DETECTED, prefix_tokens, read_classes, token_set
-from fna_lab.attn.landmarks.base import LandmarkSampler
-from fna_lab.attn.layers import read_renewal
+from fna_lab.attn.guard import Guard
+from fna_lab.attn.landmarks.base import HEAD_SOURCES, SOURCES, LandmarkSampler, sampled_points
+from fna_lab.attn.layers import BlockCounts, Counts, read_renewal
 from fna_lab.attn.stopwatch import Stopwatch
-
-SOURCES = ("input", "normed", "q", "k", "qk")
 
 
 @dataclass(frozen=True)
@@ -88,6 +86,7 @@ class AttentionVariant(ABC):
         min_tokens: the fewest tokens that it can work on.
         token_classes: classes (`massive`, `artifact`) that must be detected for it.
         num_extra_tokens: tokens that its `hooks` append behind the host's own.
+        guard: watches its answers, None = nobody does.
         calibration_pictures: pictures that `calibrate` wants to see; 0 = it is not called.
     """
 
@@ -96,6 +95,7 @@ class AttentionVariant(ABC):
     min_tokens: int = 1
     token_classes: tuple[str, ...] = ()
     num_extra_tokens: int = 0
+    guard: Guard | None = None
     calibration_pictures: int = 0
 
     @abstractmethod
@@ -112,12 +112,21 @@ class AttentionVariant(ABC):
         del channels
         return layers * ops.attention_flops(tokens, heads, head_dim)
 
-    def hooks(self, blocks: Sequence[nn.Module], layers: Sequence[int]) -> Iterable[Handle]:  # noqa: ARG002
+    def hooks(
+        self,
+        blocks: Sequence[nn.Module],  # noqa: ARG002
+        layers: Sequence[int],  # noqa: ARG002
+        *,
+        enabled: Callable[[], bool],  # noqa: ARG002
+        prefix: Callable[[Tensor], int],  # noqa: ARG002
+    ) -> Iterable[Handle]:
         """Hooks on the host that the variant needs beside the seam; removed with the patch.
 
         Args:
             blocks: the host's blocks, in order.
             layers: those whose attention is replaced.
+            enabled: whether the patch is switched on; hooks that change anything must ask.
+            prefix: hidden states `[b n c]` of the running pass -> number of prefix tokens.
         """
         return ()
 
@@ -142,6 +151,13 @@ class AttentionVariant(ABC):
 
         Raises:
             ValueError: naming the setting, its value and the number of tokens.
+        """
+
+    def check_layers(self, layers: Sequence[int]) -> None:  # noqa: ARG002, B027
+        """Refuse, before any data is read, blocks that do not fit settings given block by block.
+
+        Raises:
+            ValueError: naming the setting, its value and the blocks.
         """
 
     def check(self, pattern: str) -> None:
@@ -230,25 +246,24 @@ class KeyMaskedAttention(AttentionVariant):
         return None, attn_mask
 
 
-class ReducedAttention(KeyMaskedAttention):
+class ReducedAttention(BlockCounts, KeyMaskedAttention):
     """Attention through fewer vectors than there are tokens.
 
     Args:
-        num_landmarks: how many.
+        num_landmarks: how many; one number, or one for each block (`{6: 64, 7: 32}`, or a list in
+            the order of the replaced blocks).
 
     Attributes:
         stand_ins: what these vectors are called in messages.
 
     Raises:
-        ValueError: `num_landmarks` is no positive integer.
+        ValueError: `num_landmarks` is no positive integer, nor such numbers block by block.
     """
 
     stand_ins = "landmarks"
 
-    def __init__(self, *, num_landmarks: int) -> None:
-        if not isinstance(num_landmarks, int) or num_landmarks < 1:
-            raise ValueError(f"attn.num_landmarks={num_landmarks!r}: expected an integer >= 1.")
-        self.num_landmarks = self.min_tokens = num_landmarks
+    def __init__(self, *, num_landmarks: Counts) -> None:
+        super().__init__(num_landmarks)
 
     def check_tokens(self, tokens: int) -> None:
         """Refuse more landmarks than tokens."""
@@ -268,12 +283,14 @@ class LandmarkAttention(ReducedAttention):
 
     Args:
         landmarks: the sampler.
-        num_landmarks: landmarks m of each picture, guaranteed ones included.
+        num_landmarks: landmarks m of each picture, guaranteed ones included; see
+            `ReducedAttention`.
         source: what it samples: the block's `input`, that input layer-`normed` (without the
             host's affine part), the head mean of `q` or `k`, or `qk` of all heads side by side.
         renew: take landmarks anew at `every` layer, every so many layers, or `never`.
         guarantee: token classes that are landmarks: cls, register, massive, artifact.
         exclude: token classes that are never landmarks.
+        per_head: every head samples its own landmarks, from its own q or k (or both).
 
     Raises:
         ValueError: a setting is out of range, or a class is both guaranteed and excluded.
@@ -283,17 +300,24 @@ class LandmarkAttention(ReducedAttention):
         self,
         *,
         landmarks: LandmarkSampler,
-        num_landmarks: int = 64,
+        num_landmarks: Counts = 64,
         source: str = "normed",
         renew: int | str = 1,
         guarantee: Sequence[str] = ("cls",),
         exclude: Sequence[str] = (),
+        per_head: bool = False,
     ) -> None:
         if source not in SOURCES:
             raise ValueError(f"attn.source={source!r}: expected one of {', '.join(SOURCES)}.")
+        if per_head and source not in HEAD_SOURCES:
+            raise ValueError(
+                f"attn.per_head=true with attn.source={source}: heads differ in their q and k "
+                f"alone; expected attn.source to be one of {', '.join(HEAD_SOURCES)}."
+            )
         super().__init__(num_landmarks=num_landmarks)
         self.landmarks = landmarks
         self.source = source
+        self.per_head = per_head
         self.renew = read_renewal(renew)
         self.guarantee = read_classes("attn.guarantee", guarantee)
         self.exclude = read_classes("attn.exclude", exclude)
@@ -311,10 +335,19 @@ class LandmarkAttention(ReducedAttention):
 
     def flops(self, tokens: int, *, heads: int, head_dim: int, channels: int, layers: int) -> int:
         """FLOPs of the attention of one picture over so many layers, selection included."""
-        renewals = -(-layers // self.renew) if self.renew else 1
         width = {"q": head_dim, "k": head_dim, "qk": 2 * channels}.get(self.source, channels)
-        selection = self.landmarks.flops(tokens, width, self.num_landmarks)
-        return layers * self.layer_flops(tokens, heads, head_dim) + renewals * selection
+        times = heads if self.per_head else 1
+        if self.landmarks.reads == "attention":
+            width = channels // times
+        elif self.per_head and self.source == "qk":
+            width = 2 * head_dim
+        total = taken = 0
+        for nth, num in enumerate(self.counts(layers)):
+            total += self.with_landmarks(num).layer_flops(tokens, heads, head_dim)
+            if num != taken or self.renew and nth % self.renew == 0:
+                total += times * self.landmarks.flops(tokens, width, num)
+            taken = num
+        return total
 
     @property
     def may_repeat(self) -> bool:
@@ -322,17 +355,20 @@ class LandmarkAttention(ReducedAttention):
         return any(c in DETECTED for c in self.exclude)
 
     def choose(self, q: Tensor, k: Tensor, keys: Tensor | None, context: Context) -> Tensor:
-        """Landmark indices, long `[b m]`: new ones, or those of an earlier layer of this pass.
+        """Landmarks, long `[b m]` or per head `[b h m]`: new, or of an earlier layer of this pass.
 
         Raises:
             ValueError: more landmarks than tokens that may be taken.
         """
         # Landmarks taken before a mask was known may hold removed tokens: never reuse those.
         slot = "landmarks" if keys is None else "landmarks among kept keys"
-        if slot in context.shared and (self.renew == 0 or context.nth % self.renew):
+        num, known = self.landmarks_at(context.layer, context.nth), context.shared.get(slot)
+        fits = known is not None and known.shape[-1] == num
+        if fits and (self.renew == 0 or context.nth % self.renew):
             return context.shared[slot]
         begin = context.stopwatch.now() if context.stopwatch else 0.0
-        context.shared[slot] = self._sample(q, k, keys, context)
+        sampling = self if num == self.num_landmarks else self.with_landmarks(num)
+        context.shared[slot] = sampling._sample(q, k, keys, context)
         if context.stopwatch:
             context.stopwatch.note("selection", begin)
         return context.shared[slot]
@@ -350,29 +386,31 @@ class LandmarkAttention(ReducedAttention):
         if self.exclude:
             taboo = token_set(self.exclude, q.shape[0], size, context)
             allowed = ~taboo if keys is None else keys & ~taboo
+        wanted = None
+        if any(c in DETECTED for c in self.guarantee):
+            wanted = token_set(self.guarantee, q.shape[0], size, context)
+            wanted = wanted if allowed is None else wanted & allowed
+        points = sampled_points(
+            self.landmarks, self.source, q, k, context, allowed=allowed, per_head=self.per_head
+        )
+        if self.per_head:  # heads are to a sampler what pictures are
+            allowed, wanted = (
+                None if found is None else found.repeat_interleave(q.shape[1], dim=0)
+                for found in (allowed, wanted)
+            )
         given = prefix_tokens(self.guarantee, context)[: self.num_landmarks]
         first = torch.arange(given.start, given.stop, device=q.device)
         picks = self.landmarks(
-            self._points(q, k, context),
+            points,
             self.num_landmarks,
-            guaranteed=first.expand(q.shape[0], -1),
+            guaranteed=first.expand(points.shape[0], -1),
             allowed=allowed,
             num_prefix_tokens=context.num_prefix_tokens,
             grid=context.grid,
         )
-        if any(c in DETECTED for c in self.guarantee):
-            wanted = token_set(self.guarantee, q.shape[0], size, context)
-            picks = ops.put_first(picks, wanted if allowed is None else wanted & allowed)
-        if allowed is None:
-            return picks
-        # Where too few are left, some samplers take others: the first stands in for those.
-        return torch.where(allowed.gather(1, picks), picks, picks[:, :1])
-
-    def _points(self, q: Tensor, k: Tensor, context: Context) -> Tensor:
-        if self.source == "input":
-            return context.x
-        if self.source == "normed":
-            return F.layer_norm(context.x, context.x.shape[-1:])
-        if self.source == "qk":
-            return torch.cat([q, k], dim=1).transpose(1, 2).flatten(2)
-        return (q if self.source == "q" else k).mean(1)
+        if wanted is not None:
+            picks = ops.put_first(picks, wanted)
+        if allowed is not None:
+            # Where too few are left, some samplers take others: the first stands in for those.
+            picks = torch.where(allowed.gather(1, picks), picks, picks[:, :1])
+        return picks.unflatten(0, q.shape[:2]) if self.per_head else picks

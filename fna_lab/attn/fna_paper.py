@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fna_lab.attn.fna import FastNystromAttention
 from fna_lab.attn.landmarks.base import LandmarkSampler
 from fna_lab.attn.landmarks.fps import FarthestPointLandmarks
+from fna_lab.attn.layers import Counts
 from fna_lab.attn.solver.base import Solver
 from fna_lab.attn.solver.newton_schulz import NewtonSchulzSolver
 
@@ -15,25 +16,30 @@ class PublishedFastNystromAttention(FastNystromAttention):
     """CLS and farthest points of the first layer's input, reused; six cubic iterations.
 
     Args:
-        num_landmarks: landmarks m of each picture, guaranteed ones included.
+        num_landmarks: landmarks m of each picture, guaranteed ones included; one number, or one a
+            block.
         landmarks: the sampler; None = farthest points.
         solver: what stands for the inverse of A; None = the cubic iteration.
         source: what is sampled.
         renew: take landmarks anew at `every` layer, every so many, or `never`.
         guarantee: token classes that are landmarks; see `LandmarkAttention`.
         exclude: token classes that are never landmarks.
+        guard: largest residual that is believed, see `Guard`; None = nobody looks.
+        per_head: every head samples its own landmarks, from its own q or k.
     """
 
     def __init__(
         self,
         *,
-        num_landmarks: int = 64,
+        num_landmarks: Counts = 64,
         landmarks: LandmarkSampler | None = None,
         solver: Solver | None = None,
         source: str = "input",
         renew: int | str = 0,
         guarantee: Sequence[str] = ("cls",),
         exclude: Sequence[str] = (),
+        guard: float | None = None,
+        per_head: bool = False,
     ) -> None:
         super().__init__(
             num_landmarks=num_landmarks,
@@ -43,5 +49,7 @@ class PublishedFastNystromAttention(FastNystromAttention):
             renew=renew,
             guarantee=guarantee,
             exclude=exclude,
+            per_head=per_head,
             exact_cls=False,
+            guard=guard,
         )

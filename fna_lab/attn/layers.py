@@ -1,8 +1,13 @@
-"""Which blocks of the host: every way of writing a layer range, and how often of those."""
+"""Which blocks of the host, how often of those, and how many landmarks in each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+Copied = TypeVar("Copied", bound="BlockCounts")
+Counts = int | Mapping[int, int] | Sequence[int]
 
 
 def parse_layers(layers: object, depth: int, *, setting: str) -> tuple[int, ...]:
@@ -77,3 +82,75 @@ def _parse_text(text: str, depth: int, setting: str) -> list[int]:
             raise ValueError(f"{setting}={text!r}: the range {part!r} runs backwards.")
         found += range(start, stop + 1)
     return found
+
+
+class BlockCounts:
+    """So many landmarks: one number for every block, or block by block.
+
+    Args:
+        counts: a number, a mapping from blocks to numbers (`{6: 64, 7: 32}`), or a list of
+            numbers, one for each replaced block in order.
+
+    Attributes:
+        num_landmarks: how many, in the block that has most of them.
+        min_tokens: the fewest tokens that they can be taken from.
+
+    Raises:
+        ValueError: something else, or a number below 1.
+    """
+
+    def __init__(self, counts: Counts) -> None:
+        self._by_block: dict[int, int] | list[int] | None = None
+        if isinstance(counts, int | str):
+            several: list[Any] = [counts]
+        elif isinstance(counts, Mapping):
+            self._by_block = dict(counts)
+            several = [*self._by_block.values()]
+        elif isinstance(counts, Sequence):
+            self._by_block = several = list(counts)
+        else:
+            several = [counts]
+        whole = [*several, *(counts if isinstance(counts, Mapping) else ())]
+        whole = all(isinstance(part, int) and not isinstance(part, bool) for part in whole)
+        if not several or not whole or min(several) < 1:
+            raise ValueError(
+                f"attn.num_landmarks={counts!r}: expected an integer >= 1, or one for each block "
+                "such as {6: 64, 7: 32} or [64, 32]."
+            )
+        self.num_landmarks: int = max(several)
+        self.min_tokens = self.num_landmarks
+
+    def with_landmarks(self: Copied, counts: Counts) -> Copied:
+        """A copy with other numbers of landmarks."""
+        twin = copy.copy(self)
+        BlockCounts.__init__(twin, counts)
+        return twin
+
+    def landmarks_at(self, layer: int, nth: int) -> int:
+        """How many landmarks a block has, the `nth` of those that are replaced."""
+        given = self._by_block
+        if given is None:
+            return self.num_landmarks
+        return given[layer] if isinstance(given, dict) else given[nth]
+
+    def counts(self, layers: int) -> list[int]:
+        """How many landmarks each of so many replaced blocks has."""
+        given = self._by_block
+        if isinstance(given, dict):
+            given = [given[layer] for layer in sorted(given)]
+        return [self.num_landmarks] * layers if given is None else given[:layers]
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Refuse numbers of landmarks for other blocks than those that are replaced.
+
+        Raises:
+            ValueError: naming the numbers and the blocks.
+        """
+        given = self._by_block
+        if given is None:
+            return
+        if len(given) != len(layers) or isinstance(given, dict) and set(given) != set(layers):
+            raise ValueError(
+                f"attn.num_landmarks={given}: expected one number for each of the replaced blocks "
+                f"{', '.join(map(str, layers))}."
+            )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fna_lab import ops
 from fna_lab.attn.base import Context, ReducedAttention
+from fna_lab.attn.layers import Counts
 
 
 class LinformerPoolAttention(ReducedAttention):
@@ -15,15 +16,15 @@ class LinformerPoolAttention(ReducedAttention):
     Every prefix token is a segment of its own.
 
     Args:
-        num_landmarks: segments, prefix tokens included.
+        num_landmarks: segments, prefix tokens included; one number, or one a block.
 
     Raises:
-        ValueError: `num_landmarks` is no positive integer.
+        ValueError: `num_landmarks` is neither a positive integer nor such numbers by block.
     """
 
     stand_ins = "segments"
 
-    def __init__(self, *, num_landmarks: int = 64) -> None:
+    def __init__(self, *, num_landmarks: Counts = 64) -> None:
         super().__init__(num_landmarks=num_landmarks)
 
     def attend(
@@ -38,9 +39,9 @@ class LinformerPoolAttention(ReducedAttention):
     ) -> Tensor:
         """Attend to the means of segments."""
         self.check_tokens(q.shape[2])
-        weights = ops.segment_weights(
-            q.shape[2], self.num_landmarks, prefix=context.num_prefix_tokens, keys=keys, like=q
-        )
+        num = self.landmarks_at(context.layer, context.nth)
+        prefix = context.num_prefix_tokens
+        weights = ops.segment_weights(q.shape[2], num, prefix=prefix, keys=keys, like=q)
         pool = weights[:, None]
         mask = None if bias is None else bias @ pool.mT
         if keys is not None:
@@ -52,5 +53,6 @@ class LinformerPoolAttention(ReducedAttention):
 
     def flops(self, tokens: int, *, heads: int, head_dim: int, channels: int, layers: int) -> int:
         """FLOPs of the attention of one picture over so many layers, the means included."""
-        attention = ops.subset_flops(tokens, heads, head_dim, self.num_landmarks)
-        return layers * (attention + 4 * tokens * channels)
+        several = self.counts(layers)
+        attention = sum(ops.subset_flops(tokens, heads, head_dim, num) for num in several)
+        return attention + layers * 4 * tokens * channels

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fna_lab import ops
 from fna_lab.attn.base import Context, ReducedAttention
+from fna_lab.attn.layers import Counts
 from fna_lab.attn.solver.base import Solver
 from fna_lab.attn.solver.newton_schulz import NewtonSchulzSolver
 
@@ -17,16 +18,16 @@ class NystromformerAttention(ReducedAttention):
     out: there is nothing to train here (Xiong et al. 2021).
 
     Args:
-        num_landmarks: segments, prefix tokens included.
+        num_landmarks: segments, prefix tokens included; one number, or one a block.
         solver: what stands for the inverse of A; None = the cubic iteration.
 
     Raises:
-        ValueError: `num_landmarks` is no positive integer.
+        ValueError: `num_landmarks` is neither a positive integer nor such numbers by block.
     """
 
     stand_ins = "segments"
 
-    def __init__(self, *, num_landmarks: int = 64, solver: Solver | None = None) -> None:
+    def __init__(self, *, num_landmarks: Counts = 64, solver: Solver | None = None) -> None:
         super().__init__(num_landmarks=num_landmarks)
         self.solver = solver or NewtonSchulzSolver()
 
@@ -43,9 +44,9 @@ class NystromformerAttention(ReducedAttention):
         """Attend through the means of segments."""
         tokens = q.shape[2]
         self.check_tokens(tokens)
-        weights = ops.segment_weights(
-            tokens, self.num_landmarks, prefix=context.num_prefix_tokens, keys=keys, like=q
-        )
+        num = self.landmarks_at(context.layer, context.nth)
+        prefix = context.num_prefix_tokens
+        weights = ops.segment_weights(tokens, num, prefix=prefix, keys=keys, like=q)
         pool = weights[:, None]  # [b|1 1 m n]
         rows = columns = corner = dead = None
         if bias is not None:
@@ -74,7 +75,8 @@ class NystromformerAttention(ReducedAttention):
 
     def flops(self, tokens: int, *, heads: int, head_dim: int, channels: int, layers: int) -> int:
         """FLOPs of the attention of one picture over so many layers, the means included."""
-        chain = ops.nystrom_flops(
-            tokens, heads, head_dim, self.num_landmarks, solver=self.solver.formula
+        chains = sum(
+            ops.nystrom_flops(tokens, heads, head_dim, num, solver=self.solver.formula)
+            for num in self.counts(layers)
         )
-        return layers * (chain + 4 * tokens * channels)
+        return chains + layers * 4 * tokens * channels

@@ -10,29 +10,33 @@ from fna_lab import ops
 from fna_lab.attn.base import Context, LandmarkAttention
 from fna_lab.attn.landmarks.base import LandmarkSampler
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
+from fna_lab.attn.layers import Counts
 
 
 class SubsetAttention(LandmarkAttention):
     """Every query attends to the landmarks and to nothing else: softmax(s Q Kp') Vp.
 
     Args:
-        num_landmarks: landmarks m of each picture, guaranteed ones included.
+        num_landmarks: landmarks m of each picture, guaranteed ones included; one number, or one a
+            block.
         landmarks: the sampler; None = half a grid, half farthest points.
         source: what is sampled; see `LandmarkAttention`.
         renew: take landmarks anew at `every` layer, every so many, or `never`.
         guarantee: token classes that are landmarks; see `LandmarkAttention`.
         exclude: token classes that are never landmarks.
+        per_head: every head samples its own landmarks, from its own q or k.
     """
 
     def __init__(
         self,
         *,
-        num_landmarks: int = 64,
+        num_landmarks: Counts = 64,
         landmarks: LandmarkSampler | None = None,
         source: str = "normed",
         renew: int | str = 1,
         guarantee: Sequence[str] = ("cls",),
         exclude: Sequence[str] = (),
+        per_head: bool = False,
     ) -> None:
         super().__init__(
             landmarks=landmarks or GridFarthestPointLandmarks(),
@@ -41,6 +45,7 @@ class SubsetAttention(LandmarkAttention):
             renew=renew,
             guarantee=guarantee,
             exclude=exclude,
+            per_head=per_head,
         )
 
     def attend(

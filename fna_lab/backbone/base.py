@@ -74,6 +74,12 @@ class Features:
     grid: tuple[int, int]
 
 
+def compared(features: Features) -> list[Tensor]:
+    """The features that `task=fidelity` compares, `[b t c]` each: pooled, patches, CLS."""
+    found = [features.pooled[:, None], features.patches]
+    return found if features.cls is None else [*found, features.cls[:, None]]
+
+
 class Backbone(nn.Module):
     """A pretrained ViT with the facts that tasks and variants need.
 

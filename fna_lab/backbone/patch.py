@@ -33,6 +33,7 @@ from fna_lab.backbone.search import Again, Finder, Found, Pass, Search, plan_sea
 from fna_lab.mask.base import Mask
 
 Observer = Callable[[Tensor, Tensor, Tensor, Context], None]
+Meter = Callable[[AttentionVariant, Tensor, Tensor, Tensor, Context], Tensor]
 
 # CLIP ViT-L/14, 24 blocks: detection, masks and FNA from block 13 on; others in proportion.
 START = 13 / 24
@@ -85,6 +86,7 @@ def patch(
     depth = len(found)
     default = range(round(START * depth), depth)
     attn_layers = parse_layers(default if layers is None else layers, depth, setting="attn.layers")
+    attention.check_layers(attn_layers)
     masked: tuple[int, ...] = ()
     if strategy.pattern is not None:
         attention.check(strategy.pattern)
@@ -115,6 +117,8 @@ class Patch:
         searches: how tokens are looked for: those of the mask, and the variant's token classes.
         stopwatch: notes the time of attention and selection, None where nobody measures.
         observer: is shown q, k, v and context before each attention, None = nobody looks.
+        meter: stands in for the attention of the replaced blocks and is given the variant, None =
+            the variant itself attends.
         enabled: False while the model runs as it came.
     """
 
@@ -139,6 +143,7 @@ class Patch:
         self.enabled = True
         self.stopwatch: Stopwatch | None = None
         self.observer: Observer | None = None
+        self.meter: Meter | None = None
         self._path = path
         self._exact = resolve("exact", AttentionVariant, "fna_lab.attn", {})
         self._said_cls = says_cls(model)
@@ -254,7 +259,9 @@ class Patch:
         embedding = find_patch_embedding(self.model, self._path)
         if embedding is not None:
             self._hooks.append(embedding.register_forward_hook(self._begin))
-        self._hooks += self.attn.hooks(self.blocks, self.attn_layers)
+        self._hooks += self.attn.hooks(
+            self.blocks, self.attn_layers, enabled=lambda: self.enabled, prefix=self._prefix
+        )
         if self.mask.corrects:
             for layer in self.mask_layers:
                 projection = out_projection(self.blocks[layer])
@@ -357,6 +364,8 @@ class Patch:
             self._adjust(context, q, k, v)
         if self.observer is not None and again is None:
             self.observer(q, k, v, context)
+        if self.meter is not None and again is None and variant is self.attn:
+            return self.meter(variant, q, k, v, context)
         if context.stopwatch is None:
             return variant(q, k, v, context)
         begin = context.stopwatch.now()

@@ -59,7 +59,7 @@ class PlantedBackbone(Backbone):
     - Two heads, and the sinks' heads before block 3, carry what the patches show. CLS collects it;
       the head reads the hue of the picture (12 classes). Masking massive tokens costs nothing.
 
-    These hold by construction. Not constructed are the round by round course of iterative schedules
+    These hold by construction. Not constructed are the rounds of iterative schedules
     and what approximate attention makes of all this. An iterative schedule must mask before the
     softmax to find artifacts: while a massive token is part of it, its mass does not move on.
 

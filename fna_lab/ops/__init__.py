@@ -20,13 +20,16 @@ from fna_lab.ops.anatomy import (
     top_activations,
 )
 from fna_lab.ops.attention import attention, attention_pattern
+from fna_lab.ops.blocks import block_low_rank
 from fna_lab.ops.bootstrap import bootstrap_mean
 from fna_lab.ops.choices import (
     cluster_medoids,
+    drawn_attention,
     grid_cells,
     leverage_scores,
     put_first,
     segment_centres,
+    spread_queries,
 )
 from fna_lab.ops.cost import (
     attention_flops,
@@ -46,8 +49,25 @@ from fna_lab.ops.detectors import (
     suppression,
 )
 from fna_lab.ops.directions import alignment, defect_direction, linear_map, principal_projection
+from fna_lab.ops.error import (
+    condition_number,
+    inverse_residual,
+    mean_of_tokens,
+    output_cosine,
+    relative_error,
+    solve_residual,
+    weight_facts,
+)
+from fna_lab.ops.explicit import explicit_attention
+from fna_lab.ops.knapsack import cheapest_choice
 from fna_lab.ops.merging import bipartite_matching, merge_tokens, unmerge_tokens
-from fna_lab.ops.nystrom import gather_tokens, nystrom_attention, nystrom_chain, subset_attention
+from fna_lab.ops.nystrom import (
+    gather_tokens,
+    nystrom_attention,
+    nystrom_chain,
+    only_keys,
+    subset_attention,
+)
 from fna_lab.ops.patterns import (
     PATTERNS,
     STAGES,
@@ -99,8 +119,10 @@ __all__ = [
     "attention_rows",
     "average_ranks",
     "bipartite_matching",
+    "block_low_rank",
     "bootstrap_mean",
     "break_even_tokens",
+    "cheapest_choice",
     "check_pattern",
     "class_max",
     "class_mean",
@@ -110,7 +132,10 @@ __all__ = [
     "cls_proxy",
     "cls_row",
     "cluster_medoids",
+    "condition_number",
     "defect_direction",
+    "drawn_attention",
+    "explicit_attention",
     "farthest_points",
     "farthest_points_flops",
     "gather_tokens",
@@ -119,11 +144,13 @@ __all__ = [
     "incoming_by_head",
     "incoming_share",
     "incoming_sinks",
+    "inverse_residual",
     "knn_probabilities",
     "leverage_scores",
     "linear_map",
     "masked_attention",
     "matching_places",
+    "mean_of_tokens",
     "merge_tokens",
     "newton_schulz",
     "norm_fixed",
@@ -132,7 +159,9 @@ __all__ = [
     "nystrom_attention",
     "nystrom_chain",
     "nystrom_flops",
+    "only_keys",
     "orthogonal_features",
+    "output_cosine",
     "ov_alignment",
     "patch_norms",
     "per_head",
@@ -146,6 +175,7 @@ __all__ = [
     "recall_at_k",
     "redistribute",
     "register_neuron_scores",
+    "relative_error",
     "removed_pairs",
     "replace_tokens",
     "restore_own_rows",
@@ -155,6 +185,8 @@ __all__ = [
     "set_agreement",
     "set_counts",
     "sink_rate",
+    "solve_residual",
+    "spread_queries",
     "standard_scores",
     "strongest_activation",
     "subset_attention",
@@ -165,4 +197,5 @@ __all__ = [
     "top_activations",
     "top_register_neurons",
     "unmerge_tokens",
+    "weight_facts",
 ]

@@ -50,12 +50,12 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"Expected {name} to be one of {', '.join(choices)}, got {value!r}.")
 
 
-def check_index(name: str, value: object, shape: str) -> None:
-    """Raise unless `value` is a long tensor `[b m]`."""
+def check_index(name: str, value: object, shape: str, ndims: tuple[int, ...] = (2,)) -> None:
+    """Raise unless `value` is a long tensor `[b m]`, or one of so many dimensions."""
     if not isinstance(value, Tensor) or value.dtype != torch.long:
         came = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"Expected {name} to be a long tensor {shape}, got {came}.")
-    if value.ndim != 2:
+    if value.ndim not in ndims:
         raise ValueError(f"Expected {name} to have shape {shape}, got {tuple(value.shape)}.")
 
 

@@ -131,3 +131,78 @@ def leverage_scores(
     factor = torch.linalg.cholesky(gram)
     half = torch.linalg.solve_triangular(factor, points.mT, upper=False)
     return half.square().sum(1)
+
+
+def spread_queries(
+    patches: int,
+    num: int,
+    *,
+    grid: tuple[int, int] | None = None,
+    prefix: int = 0,
+    has_cls: bool = False,
+) -> list[int]:
+    """CLS, where there is one, and at most `num` evenly spread patch tokens.
+
+    Args:
+        patches: number of patch tokens.
+        num: most patch tokens.
+        grid: (rows, columns) of the patch tokens; None = spread along the sequence.
+        prefix: tokens before the patch tokens.
+        has_cls: whether token 0 is CLS.
+
+    Returns:
+        Token indices, CLS first.
+    """
+    if grid is not None and grid[0] * grid[1] == patches:
+        cells = grid_cells(grid, num)
+    else:
+        count = min(num, patches)
+        cells = [int((i + 0.5) * patches / count) for i in range(count)]
+    return [0] * has_cls + [prefix + cell for cell in cells]
+
+
+def drawn_attention(
+    q: Tensor,
+    k: Tensor,
+    rows: list[int],
+    *,
+    scale: float,
+    keys: Tensor | None = None,
+    first_half: bool = False,
+) -> Tensor:
+    """Attention that each token draws from a few queries, in O(n d) a query.
+
+    Args:
+        q: queries `[b h n d]`.
+        k: keys `[b h n d]`.
+        rows: tokens whose attention is looked at; those that are not in `keys` are left out.
+        scale: factor of the logits.
+        keys: bool `[b n]`, True = may be attended to, and may be asked; None = all.
+        first_half: give the first row half of the weight, and the others the other half.
+
+    Returns:
+        `[b h n]`, in at least float32; 0 for what is not in `keys`. Rows sum to 1.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes do not fit.
+    """
+    check_float("q", q, 4, "[b h n d]")
+    check_float("k", k, 4, "[b h n d]")
+    wide = torch.promote_types(q.dtype, torch.float32)
+    index = torch.tensor(rows, device=q.device)
+    logits = scale * (q[:, :, index].to(wide) @ k.to(wide).mT)
+    others = max(len(rows) - 1, 1)
+    share = torch.full((len(rows),), 0.5 / others if first_half else 1.0 / len(rows))
+    if first_half:
+        share[0] = 0.5
+    share = share.to(logits).expand(q.shape[0], -1)  # [b r]
+    if keys is None:
+        return (share[:, None, None] @ logits.softmax(-1))[:, :, 0]
+    check_bool("keys", keys, (q.shape[0], k.shape[2]))
+    # A row that is left out leaves its share to the others; without any, all are asked.
+    asked = share * keys[:, index]
+    asked = torch.where(asked.sum(1, keepdim=True) > 0, asked, share)
+    asked = asked / asked.sum(1, keepdim=True)
+    pattern = logits.masked_fill(~keys[:, None, None], torch.finfo(wide).min).softmax(-1)
+    return (asked[:, None, None] @ pattern)[:, :, 0].masked_fill(~keys[:, None], 0)

@@ -40,7 +40,7 @@ def nystrom_attention(
         q: queries `[b h n d]`.
         k: keys `[b h n d]`.
         v: values `[b h n d]`.
-        landmarks: token indices, long `[b m]`.
+        landmarks: token indices, long `[b m]`, or `[b h m]` where heads have their own.
         scale: factor of the logits; None = d^-1/2.
         solver: what stands for the inverse of A: `newton_schulz`, `ridge`, `pinv`, or a callable
             (A `[b h m m]`, B `[b h m d]`) -> Z(A) B.
@@ -64,9 +64,7 @@ def nystrom_attention(
     Attention.
     """
     check_qkv(q, k, v)
-    check_index("landmarks", landmarks, "[b m]")
-    if landmarks.shape[0] != q.shape[0]:
-        raise ValueError(f"Expected landmarks [{q.shape[0]} m], got {tuple(landmarks.shape)}.")
+    check_landmarks(landmarks, q)
     if keys is not None:
         check_bool("keys", keys, (q.shape[0], k.shape[2]))
     if not callable(solver):
@@ -82,11 +80,11 @@ def nystrom_attention(
         corner = gather_tokens(columns, landmarks)  # [b h m m]
     repeated = None
     if keys is not None:
-        rows = _only(keys, rows)
+        rows = only_keys(keys, rows)
     if keys is not None or not distinct:
         # Fewer kept keys than landmarks: the repeats must neither weigh twice nor make A singular.
-        repeated = _repeated(landmarks)
-        columns = _only(~repeated, columns)
+        repeated = repeated_landmarks(landmarks)
+        columns = only_keys(~repeated, columns)
 
     def solve(kernel: Tensor, values: Tensor) -> Tensor:
         return _solve(kernel, values, solver, iters, ridge)
@@ -107,7 +105,7 @@ def nystrom_attention(
     if not exact_rows:
         return out
     exact = exact[:, :, :exact_rows]
-    index = landmarks[:, None, :exact_rows, None].expand_as(exact)
+    index = each_head(landmarks)[:, :, :exact_rows, None].expand_as(exact)
     if out.requires_grad:  # the fused kernel keeps its output for the backward pass
         return out.scatter(2, index, exact)
     return out.scatter_(2, index, exact)
@@ -144,23 +142,25 @@ def nystrom_chain(
         rows: `attn_mask` of landmark queries x keys, broadcastable to `[b h m n]`.
         columns: `attn_mask` of queries x landmark keys, broadcastable to `[b h n m]`.
         corner: added to the logits of A, broadcastable to `[b h m m]`.
-        dead: landmarks that stand for nothing, bool `[b m]`; `columns` must leave them out too.
+        dead: landmarks that stand for nothing, bool `[b m]` or `[b h m]`; `columns` must leave
+            them out too.
 
     Returns:
         The approximation `[b h n d]`, and the exact rows of the landmark queries `[b h m d]`.
     """
     gather, spread = chain_products(q, k, v, q_marks, k_marks, rows=rows, columns=columns)
     exact = gather(q_marks, k, v, attn_mask=rows, scale=scale)
-    with _full_precision(q):
+    with full_precision(q):
         wide = torch.promote_types(q.dtype, torch.float32)
         logits = scale * (q_marks.to(wide) @ k_marks.to(wide).mT)
         logits = logits if corner is None else logits + corner
         gathered = exact.to(wide)
         if dead is not None:
-            logits = logits.masked_fill(dead[:, None, None], -torch.inf)
+            dead = each_head(dead)
+            logits = logits.masked_fill(dead[:, :, None], -torch.inf)
             alone = torch.full_like(logits[0, 0], -torch.inf).fill_diagonal_(0)
-            logits = torch.where(dead[:, None, :, None], alone, logits)
-            gathered = gathered.masked_fill(dead[:, None, :, None], 0)
+            logits = torch.where(dead[..., None], alone, logits)
+            gathered = gathered.masked_fill(dead[..., None], 0)
         # Solvers may return columns side by side, which the fused kernel reads at a third of its
         # speed.
         solved = solve(logits.softmax(-1), gathered).to(v.dtype).contiguous()
@@ -183,7 +183,7 @@ def subset_attention(
         q: queries `[b h n d]`.
         k: keys `[b h n d]`.
         v: values `[b h n d]`.
-        landmarks: token indices, long `[b m]`.
+        landmarks: token indices, long `[b m]`, or `[b h m]` where heads have their own.
         scale: factor of the logits; None = d^-1/2.
         bias: added to the logits, broadcastable to `[b h n n]`; None = nothing.
         distinct: False where landmarks may repeat; a repeat then does not weigh twice.
@@ -196,33 +196,49 @@ def subset_attention(
         ValueError: shapes do not fit.
     """
     check_qkv(q, k, v)
-    check_index("landmarks", landmarks, "[b m]")
+    check_landmarks(landmarks, q)
     if bias is not None:
         bias = gather_tokens(bias.expand(*q.shape[:3], k.shape[2]).mT, landmarks).mT
     if not distinct:
-        bias = _only(~_repeated(landmarks), bias)
+        bias = only_keys(~repeated_landmarks(landmarks), bias)
     k, v = gather_tokens(k, landmarks), gather_tokens(v, landmarks)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
 def gather_tokens(x: Tensor, landmarks: Tensor) -> Tensor:
-    """Rows of the landmarks: `[b h n d]`, long `[b m]` -> `[b h m d]`."""
-    return x.gather(2, landmarks[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    """Rows of the landmarks: `[b h n d]`, long `[b m]` or `[b h m]` -> `[b h m d]`."""
+    index = each_head(landmarks)[..., None]
+    return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def _repeated(landmarks: Tensor) -> Tensor:
-    """Which landmarks stand in the list before: long `[b m]` -> bool `[b m]`."""
-    same = landmarks[:, :, None] == landmarks[:, None, :]
-    return same.tril(-1).any(2)
+def each_head(found: Tensor) -> Tensor:
+    """What all heads share, with a dimension for them: `[b m]` -> `[b 1 m]`, `[b h m]` as is."""
+    return found if found.ndim == 3 else found[:, None]
 
 
-def _only(keys: Tensor, bias: Tensor | None) -> Tensor:
-    """An `attn_mask` that leaves only keys bool `[b n]`, on top of a bias."""
-    keep = keys[:, None, None]
+def check_landmarks(landmarks: Tensor, q: Tensor) -> None:
+    """Raise unless landmarks are long `[b m]` or `[b h m]` that fit q `[b h n d]`."""
+    check_index("landmarks", landmarks, "[b m] or [b h m]", (2, 3))
+    batch, heads = q.shape[:2]
+    if landmarks.shape[0] != batch or each_head(landmarks).shape[1] not in (1, heads):
+        raise ValueError(
+            f"Expected landmarks [{batch} m] or [{batch} {heads} m], got {tuple(landmarks.shape)}."
+        )
+
+
+def repeated_landmarks(landmarks: Tensor) -> Tensor:
+    """Which landmarks stand in their list before: long `[... m]` -> bool `[... m]`."""
+    same = landmarks[..., :, None] == landmarks[..., None, :]
+    return same.tril(-1).any(-1)
+
+
+def only_keys(keys: Tensor, bias: Tensor | None) -> Tensor:
+    """An `attn_mask` that leaves only keys bool `[b n]` or `[b h n]`, on top of a bias."""
+    keep = each_head(keys)[:, :, None]
     return keep if bias is None else bias.masked_fill(~keep, -torch.inf)
 
 
-def _full_precision(x: Tensor) -> AbstractContextManager[object]:
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Switches autocast off where the device has it."""
     if not torch.amp.is_autocast_available(x.device.type):
         return nullcontext()

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 
-def _square(kernel: Tensor) -> None:
+def check_square(kernel: Tensor) -> None:
+    """Raise unless `kernel` is a floating tensor of square matrices."""
     if not isinstance(kernel, Tensor) or not kernel.is_floating_point():
         raise TypeError("Expected kernel to be a floating tensor [... m m].")
     if kernel.ndim < 2 or kernel.shape[-1] != kernel.shape[-2]:
@@ -32,7 +33,7 @@ def newton_schulz(kernel: Tensor, iters: int = 6) -> Tensor:
 
     Source: Xiong et al. 2021 (Nystroemformer), equation 11, with the start taken per matrix.
     """
-    _square(kernel)
+    check_square(kernel)
     if not isinstance(iters, int) or iters < 0:
         raise ValueError(f"Expected iters to be an integer >= 0, got {iters!r}.")
     eye = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
@@ -58,7 +59,7 @@ def ridge_solve(kernel: Tensor, values: Tensor, ridge: float = 1e-3) -> Tensor:
         TypeError: `kernel` is not a floating tensor.
         ValueError: `kernel` is not square, or `ridge` is not positive.
     """
-    _square(kernel)
+    check_square(kernel)
     if not ridge > 0:
         raise ValueError(f"Expected ridge to be > 0, got {ridge!r}.")
     gram = kernel.mT @ kernel

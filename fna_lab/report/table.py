@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from fna_lab.report.errors import budget_table, error_table, fallback_text
 from fna_lab.report.matrix import matrices
 from fna_lab.report.verdicts import verdicts
 
@@ -47,6 +48,12 @@ def show(record: Mapping[str, Any], console: Console) -> None:
     """Print what was run, its metrics, and its cost against exact attention."""
     parts: list[Any] = [_heading(record)]
     parts.append(verdicts(record) if "findings" in record else _metrics(record["metrics"]))
+    if record.get("budget"):
+        parts.insert(1, budget_table(record["budget"]))
+    if record.get("errors"):
+        parts.append(error_table(record["errors"]))
+    if record.get("fallbacks"):
+        parts.append(fallback_text(record["fallbacks"], record["config"]["attn"]["guard"]))
     if record["cost"]:
         parts.append(_cost(record["cost"]))
     console.print(Group(*parts))
@@ -87,7 +94,10 @@ def _heading(record: Mapping[str, Any]) -> Text:
     constructed = " (constructed)" if backbone.get("constructed") else ""
     text.append(f"backbone  {backbone['name']}{constructed}: {_size(backbone)}, ")
     text.append(f"{backbone['num_tokens']} tokens, {backbone['depth']} blocks\n")
-    attn = _said(config["attn"], ("layers", "landmarks", "solver"))
+    settings = config["attn"]
+    if record.get("budget"):  # what the setting says was not used
+        settings = {key: value for key, value in settings.items() if key != "num_landmarks"}
+    attn = _said(settings, ("layers", "landmarks", "solver"))
     text.append(f"attn      {record['attn']['name']} in blocks {_range(record['attn']['layers'])}")
     text.append(f" ({attn})\n" if attn else "\n")
     mask = record["mask"]
@@ -154,9 +164,9 @@ def _said(config: Mapping[str, Any], parts: Sequence[str]) -> str:
     """A variant's settings in one line; parts by the names of their files."""
     said = []
     for key, value in config.items():
-        if key.startswith("_") or key == "layers":
+        if key.startswith("_") or key == "layers" or value is None:
             continue
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and "_target_" in value:
             said.append(f"{key} {_name(value)}")
         else:
             said.append(f"{key}={value}".replace("True", "true").replace("False", "false"))
@@ -171,7 +181,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             if "_target_" in value:
                 flat[prefix + key] = _name(value)
             flat |= flatten(value, f"{prefix}{key}.")
-        elif not key.startswith("_"):
+        elif not str(key).startswith("_"):
             flat[prefix + key] = str(value)
     return flat
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric, SumMetric
 
 from fna_lab.metric import cost
+from fna_lab.metric.attention_error import AttentionError
+from fna_lab.metric.fallbacks import Fallbacks
 
 if TYPE_CHECKING:
     from fna_lab.backbone.base import Backbone, Features
@@ -26,12 +28,15 @@ class Task(L.LightningModule):
         patched: its patch.
         exact: a patch of the same blocks with exact attention, for the clock.
         cost: measure latency and memory on the first batch.
+        meter: measure the error of every replaced attention, block by block.
 
     Attributes:
         rows: one dict a sample, for `samples.parquet`.
         scores: the metrics by name; all are logged, and all are results.
         found: the results, after the test.
         costs: the cost on the first batch.
+        errors: what the meter found, see `AttentionError`; empty without one.
+        fallbacks: what the variant's guard counted, see `Fallbacks`; empty without one.
         extra: further plain parts of the record, by name.
         arrays: NumPy arrays by name, for `arrays.npz`; set with the results.
         figures: whether `fna_lab.report` draws figures of such a run when it is finished.
@@ -40,7 +45,13 @@ class Task(L.LightningModule):
     figures = False
 
     def __init__(
-        self, *, backbone: Backbone, patched: Patch, exact: Patch, cost: bool = True
+        self,
+        *,
+        backbone: Backbone,
+        patched: Patch,
+        exact: Patch,
+        cost: bool = True,
+        meter: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -51,9 +62,15 @@ class Task(L.LightningModule):
         self.rows: list[dict[str, Any]] = []
         self.costs: dict[str, float | None] = {}
         self.found: dict[str, float] = {}
+        self.errors: dict[str, Any] = {}
+        self.fallbacks: dict[str, Any] = {}
         self.extra: dict[str, Any] = {}
         self.arrays: dict[str, Any] = {}
         self.scores = nn.ModuleDict({"n": SumMetric()})
+        self.meter = None
+        if meter:
+            self.meter = AttentionError(backbone.depth, backbone.num_heads, exact.attn)
+        self.counter = None if patched.attn.guard is None else Fallbacks(backbone.depth)
 
     @property
     def name(self) -> str:
@@ -63,7 +80,15 @@ class Task(L.LightningModule):
     @torch.no_grad()
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Measure one batch; the first one also tells the cost."""
-        self.step(batch)
+        guard = self.patched.attn.guard
+        before = dict(guard.counts) if guard else {}
+        self.patched.meter = self.meter.attend if self.meter else None
+        try:
+            self.step(batch)
+        finally:
+            self.patched.meter = None
+        if guard and self.counter:
+            self.counter.update(before, guard.counts)
         self.score("n").update(len(batch["image"]))
         for name, metric in self.scores.items():
             # Lightning looks for the attribute once; a later batch may bring a new metric.
@@ -97,6 +122,8 @@ class Task(L.LightningModule):
             RuntimeError: fewer or more samples were measured than the data set has.
         """
         self.found = self.results()
+        self.errors = self.meter.compute() if self.meter else {}
+        self.fallbacks = self.counter.compute() if self.counter else {}
         expected = self.trainer.datamodule.describe()["count"]  # type: ignore[attr-defined]
         if self.found["n"] != expected:
             raise RuntimeError(f"measured {self.found['n']:.0f} samples of {expected}")

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab import ops
 
+if TYPE_CHECKING:
+    from fna_lab.attn.base import Context
+
+HEAD_SOURCES = ("q", "k", "qk")
+SOURCES = ("input", "normed", *HEAD_SOURCES)
+
 
 class LandmarkSampler(ABC):
-    """Chooses the tokens that stand for all; stateless, and blind to the other pictures."""
+    """Chooses the tokens that stand for all; stateless, and blind to the other pictures.
+
+    Attributes:
+        reads: `source` = the features that the variant names; `attention` = what `drawn` tells,
+            given as one channel.
+    """
+
+    reads: str = "source"
 
     @abstractmethod
     def __call__(
@@ -37,6 +52,37 @@ class LandmarkSampler(ABC):
         Returns:
             Token indices, long `[b m]`.
         """
+
+    def drawn(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        scale: float,
+        allowed: Tensor | None,
+        has_cls: bool,
+        num_prefix_tokens: int,
+        grid: tuple[int, int] | None,
+    ) -> Tensor:
+        """How much attention each token draws, for a sampler that reads attention.
+
+        Args:
+            q: queries `[b h n d]`.
+            k: keys `[b h n d]`.
+            scale: factor of the logits.
+            allowed: bool `[b n]`, False where a token must not be taken; None = all may.
+            has_cls: whether token 0 is CLS.
+            num_prefix_tokens: tokens before the patch tokens.
+            grid: (rows, columns) of the patch tokens, None where unknown.
+
+        Returns:
+            `[b h n]`.
+
+        Raises:
+            NotImplementedError: the sampler does not read attention.
+        """
+        del q, k, scale, allowed, has_cls, num_prefix_tokens, grid
+        raise NotImplementedError(f"{type(self).__name__} reads {self.reads}, not attention.")
 
     def with_cells(
         self,
@@ -64,3 +110,50 @@ class LandmarkSampler(ABC):
     def flops(self, tokens: int, channels: int, num: int) -> int:  # noqa: ARG002
         """FLOPs of choosing `num` of `tokens` points with so many channels, for one picture."""
         return 0
+
+
+def sampled_points(
+    sampler: LandmarkSampler,
+    source: str,
+    q: Tensor,
+    k: Tensor,
+    context: Context,
+    *,
+    allowed: Tensor | None = None,
+    per_head: bool = False,
+) -> Tensor:
+    """What a sampler samples: the `source`, or the attention that it reads.
+
+    Args:
+        sampler: tells what it reads.
+        source: one of `SOURCES`.
+        q: queries `[b h n d]`.
+        k: keys `[b h n d]`.
+        context: of the block.
+        allowed: bool `[b n]`, tokens that may be taken; None = all.
+        per_head: each head on its own, as if it were a picture.
+
+    Returns:
+        `[b n c]`, or per head `[b*h n c]`.
+    """
+    if sampler.reads == "attention":
+        drawn = sampler.drawn(
+            q,
+            k,
+            scale=context.scale,
+            allowed=allowed,
+            has_cls=context.has_cls,
+            num_prefix_tokens=context.num_prefix_tokens,
+            grid=context.grid,
+        )
+        return (drawn.flatten(0, 1) if per_head else drawn.mean(1))[..., None]
+    if source == "input":
+        return context.x
+    if source == "normed":
+        return F.layer_norm(context.x, context.x.shape[-1:])
+    if per_head:
+        both = {"q": q, "k": k}.get(source)
+        return (torch.cat([q, k], dim=-1) if both is None else both).flatten(0, 1)
+    if source == "qk":
+        return torch.cat([q, k], dim=1).transpose(1, 2).flatten(2)
+    return (q if source == "q" else k).mean(1)

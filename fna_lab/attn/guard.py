@@ -1,0 +1,163 @@
+"""Looks at what a solver says, and takes a surer way where it is worthless."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fna_lab import ops
+
+# Penalty of the second try, that of the ridge solver's default.
+RIDGE = 1e-3
+
+Solver = Callable[[Tensor, Tensor], Tensor]
+
+
+class Guard:
+    """Falls back from the chosen solver to ridge and then to exact attention, head by head.
+
+    The residual of a head of a picture is the larger of two: that of the solve,
+    ||A X - B|| / ||B||, which is the error at the landmark queries; and the error
+    ||out - exact|| / ||exact|| at a few other queries, spread evenly over the tokens. The second
+    is there because an inverse without a penalty meets every landmark and misses all the rest.
+    Costs O(probes n d) a head; where something is replaced, it waits for the device.
+
+    Args:
+        threshold: largest residual that is believed, above 0; 1 is what an answer of zeros has.
+        probes: how many other queries.
+
+    Attributes:
+        counts: by layer, heads of pictures seen, tried again with ridge, done exactly; long `[3]`.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    def __init__(self, threshold: float, *, probes: int = 16) -> None:
+        number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+        if not number or not threshold > 0:
+            raise ValueError(f"attn.guard={threshold!r}: expected a number > 0, or null for none.")
+        self.threshold = threshold
+        self.probes = probes
+        self.counts: dict[int, Tensor] = {}
+
+    def nystrom_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        landmarks: Tensor,
+        *,
+        layer: int,
+        scale: float,
+        solver: Solver,
+        keys: Tensor | None = None,
+        bias: Tensor | None = None,
+        distinct: bool = True,
+        exact_rows: int = 0,
+    ) -> Tensor:
+        """`ops.nystrom_attention`, with what is worthless replaced: `[b h n d]` x3 -> `[b h n d]`.
+
+        Args:
+            q: queries `[b h n d]`.
+            k: keys `[b h n d]`.
+            v: values `[b h n d]`.
+            landmarks: token indices, long `[b m]`, or `[b h m]` where heads differ.
+            layer: under which the counts go.
+            scale: factor of the logits.
+            solver: the chosen one.
+            keys: bool `[b n]`, True = may be attended to; None = all.
+            bias: added to the logits, broadcastable to `[b h n n]`; None = nothing.
+            distinct: False where landmarks may repeat though `keys` is None.
+            exact_rows: give so many of the first landmarks their exact outputs.
+        """
+        batch, heads = q.shape[:2]
+
+        def attempt(parts: _Heads, solve: Solver) -> tuple[Tensor, Tensor]:
+            noted: list[Tensor] = []
+
+            def watched(kernel: Tensor, values: Tensor) -> Tensor:
+                solution = solve(kernel, values)
+                noted.append(ops.solve_residual(kernel, solution, values))
+                return solution
+
+            out = ops.nystrom_attention(
+                parts.q,
+                parts.k,
+                parts.v,
+                parts.landmarks,
+                scale=scale,
+                solver=watched,
+                keys=parts.keys,
+                bias=parts.bias,
+                distinct=distinct,
+                exact_rows=exact_rows,
+            )
+            step = max(1, out.shape[2] // self.probes)
+            rows = slice(step // 2, None, step)
+            right = parts.exact(scale, rows)
+            found = ops.relative_error(out[:, :, rows], right).nan_to_num(torch.inf, torch.inf)
+            return out, torch.maximum(noted[0], found)
+
+        everything = _Heads(q, k, v, landmarks, keys, bias)
+        out, residual = attempt(everything, solver)
+        bad = residual > self.threshold  # [b h]
+        counts = torch.tensor([batch * heads, 0, 0])
+        if bad.any():
+            doubted = everything.only(bad)
+            if getattr(solver, "formula", "") == "ridge":  # the same again would say the same
+                exactly = bad
+            else:
+                counts[1] = int(bad.sum())
+                again, residual = attempt(
+                    doubted, lambda kernel, values: ops.ridge_solve(kernel, values, RIDGE)
+                )
+                out = out.masked_scatter(bad[:, :, None, None], again)
+                exactly = bad.masked_scatter(bad, residual[:, 0] > self.threshold)
+            if exactly.any():
+                counts[2] = int(exactly.sum())
+                surely = everything.only(exactly).exact(scale)
+                out = out.masked_scatter(exactly[:, :, None, None], surely)
+        self.counts[layer] = self.counts.get(layer, torch.zeros(3, dtype=torch.long)) + counts
+        return out
+
+
+class _Heads:
+    """Some heads of some pictures, and what they attend under."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        landmarks: Tensor,
+        keys: Tensor | None,
+        bias: Tensor | None,
+    ) -> None:
+        self.q, self.k, self.v = q, k, v
+        self.landmarks = landmarks
+        self.keys = keys
+        self.bias = None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
+
+    def only(self, which: Tensor) -> _Heads:
+        """The heads of bool `[b h]`, each as a picture of one head."""
+        picture = which.nonzero()[:, 0]
+        q, k, v = (x[which][:, None] for x in (self.q, self.k, self.v))
+        keys = None if self.keys is None else self.keys[picture]
+        bias = None if self.bias is None else self.bias[which][:, None]
+        landmarks = self.landmarks
+        marks = landmarks[picture] if landmarks.ndim == 2 else landmarks[which][:, None]
+        return _Heads(q, k, v, marks, keys, bias)
+
+    def exact(self, scale: float, rows: slice = slice(None)) -> Tensor:
+        """Exact attention of some queries: `[b h rows d]`."""
+        mask = None if self.bias is None else self.bias[:, :, rows]
+        if self.keys is not None:
+            keep = self.keys[:, None, None]
+            mask = keep if mask is None else mask.masked_fill(~keep, -torch.inf)
+        return F.scaled_dot_product_attention(
+            self.q[:, :, rows], self.k, self.v, attn_mask=mask, scale=scale
+        )

@@ -1,0 +1,305 @@
+"""Test-time registers: what register neurons do to patch tokens, an added token takes over."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle as Handle
+
+from fna_lab import ops
+from fna_lab.attn.base import AttentionVariant, Context
+
+log = logging.getLogger(__name__)
+
+MODES = ("zero", "mean", "same")
+# A block's arguments by which hosts tell each token its place, and what these are called.
+PLACES = {
+    "rope": "rotary embedding",
+    "position_embeddings": "rotary embedding",
+    "shared_rel_pos_bias": "position bias",
+}
+
+
+class RegistersAttention(AttentionVariant):
+    """Exact attention with added register tokens, which take over the register neurons' work.
+
+    Zero tokens without a position are appended at the first replaced block and dropped behind the
+    last block of the host. In the MLP of a block that `neurons` names, behind the activation, each
+    register takes the neuron's entry of the largest magnitude over the patch tokens, sign kept,
+    picture by picture and neuron by neuron; patch tokens lose it. CLS and the host's own registers
+    stay as they are.
+
+    Args:
+        neurons: `[[block, neuron], ...]`; None = found on calibration pictures, see `calibrate`.
+        num_registers: added tokens.
+        mode: what patch tokens get for it: `zero`, their `mean`, or the `same` as before.
+        count: pictures that neurons are found on.
+        top_k: neurons that are found.
+        highest_layer: last block of found neurons; None = the last of the host.
+        outlier_ratio: norm of an outlier token, in medians of its picture's patch tokens.
+
+    Raises:
+        ValueError: a setting is out of range.
+
+    Source: Jiang et al. 2025, "Vision Transformers Don't Need Trained Registers".
+    """
+
+    def __init__(
+        self,
+        *,
+        neurons: Sequence[Sequence[int]] | None = None,
+        num_registers: int = 1,
+        mode: str = "zero",
+        count: int = 100,
+        top_k: int = 10,
+        highest_layer: int | None = None,
+        outlier_ratio: float = 3.0,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"attn.mode={mode!r}: expected one of {', '.join(MODES)}.")
+        numbers = {"num_registers": num_registers, "count": count, "top_k": top_k}
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"attn.{name}={value!r}: expected an integer >= 1.")
+        whole = isinstance(highest_layer, int) and not isinstance(highest_layer, bool)
+        if highest_layer is not None and not (whole and highest_layer >= 0):
+            raise ValueError(
+                f"attn.highest_layer={highest_layer!r}: expected a block's index or null."
+            )
+        if not outlier_ratio > 0:
+            raise ValueError(f"attn.outlier_ratio={outlier_ratio!r}: expected a number > 0.")
+        self.neurons = None if neurons is None else _read_neurons(neurons)
+        self.num_extra_tokens = num_registers
+        self.mode = mode
+        self.calibration_pictures = count if neurons is None else 0
+        self.top_k = top_k
+        self.highest_layer = highest_layer
+        self.outlier_ratio = outlier_ratio
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """Attend exactly, added tokens among the others: `[b h n d]` x3 -> `[b h n d]`.
+
+        Raises:
+            NotImplementedError: the host's mask or bias tells tokens apart by their place.
+        """
+        mask = context.attn_mask
+        if mask is not None and mask.shape[-1] == k.shape[2] - self.num_extra_tokens:
+            if mask.shape[-2] != 1:
+                raise NotImplementedError(
+                    f"attn={self.name} cannot honour the host's attention mask or position bias "
+                    f"of shape {tuple(mask.shape)}: added tokens have no place in it; expected a "
+                    "padding mask [b 1 1 n]."
+                )
+            fill = True if mask.dtype == torch.bool else 0.0
+            mask = F.pad(mask, (0, self.num_extra_tokens), value=fill)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=context.scale)
+
+    def flops(self, tokens: int, *, heads: int, head_dim: int, channels: int, layers: int) -> int:
+        """FLOPs of the attention of one picture over so many layers, added tokens included."""
+        del channels
+        return layers * ops.attention_flops(tokens + self.num_extra_tokens, heads, head_dim)
+
+    def calibrate(
+        self, forward: Callable[[], object], blocks: Sequence[nn.Module]
+    ) -> AttentionVariant:
+        """A copy with the neurons that fire most at the outlier tokens of these pictures.
+
+        Outliers are read behind the last block. Where no picture has any, the patch token of the
+        largest norm of each stands in, and a warning says so. Pictures must be square: tokens that
+        do not fit into the largest square grid are taken for prefix tokens.
+
+        Raises:
+            ValueError: `highest_layer` lies beyond the host.
+        """
+        highest = len(blocks) - 1 if self.highest_layer is None else self.highest_layer
+        if highest >= len(blocks):
+            raise ValueError(
+                f"attn.highest_layer={highest}: the host has {len(blocks)} blocks, 0 to "
+                f"{len(blocks) - 1}."
+            )
+        first = _tokens_first(blocks[0])
+        seen: list[Tensor] = []
+        handle = blocks[-1].register_forward_hook(
+            lambda block, args, out: seen.append(_batch_first(_state(out), first))  # noqa: ARG005
+        )
+        with torch.no_grad():
+            _run(forward, [handle])
+        tokens = self._outliers(torch.cat(seen))
+        scores: dict[int, list[Tensor]] = {layer: [] for layer in range(highest + 1)}
+        done = dict.fromkeys(scores, 0)
+        handles = []
+        for layer in scores:
+
+            def score(mlp: object, args: tuple[Tensor, ...], layer: int = layer) -> None:  # noqa: ARG001
+                said = _batch_first(args[0], first)
+                mine = tokens[done[layer] : done[layer] + len(said)]
+                done[layer] += len(said)
+                scores[layer].append(ops.register_neuron_scores(said, mine) * mine.any(1).sum())
+
+            handles.append(_mlp_output(blocks[layer]).register_forward_pre_hook(score))
+        with torch.no_grad():
+            _run(forward, handles)
+        table = torch.stack([torch.stack(scores[layer]).sum(0) for layer in scores])
+        settled = copy.copy(self)
+        settled.neurons = ops.top_register_neurons(table, min(self.top_k, table.numel()))
+        settled.calibration_pictures = 0
+        log.info(
+            "attn.neurons=%s, found on %d pictures with %d outlier tokens",
+            str([list(pair) for pair in settled.neurons]).replace(" ", ""),
+            len(tokens),
+            int(tokens.sum()),
+        )
+        return settled
+
+    def _outliers(self, x: Tensor) -> Tensor:
+        prefix = x.shape[1] - math.isqrt(x.shape[1]) ** 2
+        found = ops.norm_ratio(x, prefix=prefix, ratio=self.outlier_ratio)
+        if found.any():
+            return found
+        log.warning(
+            "attn.outlier_ratio=%s: no patch token of the %d calibration pictures is so far above "
+            "the median; the one of largest norm of each picture stands in, so that the neurons "
+            "found are no register neurons",
+            self.outlier_ratio,
+            len(x),
+        )
+        largest = ops.patch_norms(x, prefix).argmax(1, keepdim=True) + prefix
+        return found.scatter(1, largest, True)
+
+    def hooks(
+        self,
+        blocks: Sequence[nn.Module],
+        layers: Sequence[int],
+        *,
+        enabled: Callable[[], bool],
+        prefix: Callable[[Tensor], int],
+    ) -> Iterable[Handle]:
+        """Append the tokens, drop them again, and move the neurons' values in between.
+
+        Raises:
+            ValueError: neurons were neither given nor found, do not exist, or lie in a block
+                before the tokens are there.
+        """
+        if self.neurons is None:
+            raise ValueError(
+                "attn.neurons=null: register neurons are found by a run, on its calibration "
+                "pictures; expected [[block, neuron], ...]."
+            )
+        for layer, neuron in self.neurons:
+            if not layers[0] <= layer < len(blocks):
+                raise ValueError(
+                    f"attn.neurons={[[layer, neuron]]}: expected a block from {layers[0]}, where "
+                    f"the registers are appended (the first of attn.layers), to {len(blocks) - 1}."
+                )
+            width = _mlp_output(blocks[layer]).in_features
+            if neuron >= width:
+                raise ValueError(
+                    f"attn.neurons={[[layer, neuron]]}: block {layer} has {width} neurons, "
+                    f"0 to {width - 1}."
+                )
+        extra = self.num_extra_tokens
+        axis = 0 if _tokens_first(blocks[layers[0]]) else 1
+
+        def append(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG001
+            if not enabled():
+                return None
+            self._check_places(kwargs)
+            name = next((n for n in ("hidden_states", "x") if n in kwargs), "")
+            x = args[0] if args else kwargs[name]
+            shape = list(x.shape)
+            shape[axis] = extra
+            x = torch.cat([x, x.new_zeros(shape)], dim=axis)
+            return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
+
+        def drop(block: nn.Module, args: Any, out: Any) -> Any:  # noqa: ARG001
+            if not enabled():
+                return None
+            x = _state(out)
+            x = x.narrow(axis, 0, x.shape[axis] - extra)
+            return (x, *out[1:]) if isinstance(out, tuple) else x
+
+        found = [blocks[layers[0]].register_forward_pre_hook(append, with_kwargs=True)]
+        found.append(blocks[-1].register_forward_hook(drop))
+        for layer in sorted({layer for layer, _ in self.neurons}):
+            some = sorted({neuron for place, neuron in self.neurons if place == layer})
+
+            def move(mlp: nn.Module, args: tuple[Tensor], some: list[int] = some) -> Any:  # noqa: ARG001
+                if not enabled():
+                    return None
+                said = _batch_first(args[0], axis == 0)
+                out = self._moved(said, some, prefix(said))
+                return (_batch_first(out, axis == 0), *args[1:])
+
+            found.append(_mlp_output(blocks[layer]).register_forward_pre_hook(move))
+        return found
+
+    def _moved(self, said: Tensor, some: list[int], prefix: int) -> Tensor:
+        """Activations `[b n f]` with some neurons' values moved from patches to added tokens."""
+        extra = self.num_extra_tokens
+        index = torch.tensor(some, device=said.device)
+        mine = said[..., index]
+        host, patches = mine[:, :prefix], mine[:, prefix:-extra]
+        taken = ops.strongest_activation(patches)[:, None].expand(-1, extra, -1)
+        if self.mode == "zero":
+            patches = torch.zeros_like(patches)
+        elif self.mode == "mean":
+            patches = patches.mean(1, keepdim=True).expand_as(patches)
+        moved = torch.cat([host, patches, taken], dim=1)
+        return said.index_copy(2, index, moved)
+
+    def _check_places(self, kwargs: dict[str, Any]) -> None:
+        for name, what in PLACES.items():
+            if kwargs.get(name) is not None:
+                raise NotImplementedError(
+                    f"attn={self.name} cannot honour the {what} of this host ({name}): added "
+                    "tokens have no place in it; expected a host whose position encoding is "
+                    "added to its tokens."
+                )
+
+
+def _read_neurons(neurons: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    try:
+        found = [tuple(pair) for pair in neurons]
+    except TypeError:
+        found = []
+    whole = all(type(i) is int and i >= 0 for pair in found for i in pair)
+    if not found or any(len(pair) != 2 for pair in found) or not whole:
+        raise ValueError(f"attn.neurons={neurons!r}: expected [[block, neuron], ...] or null.")
+    return [(layer, neuron) for layer, neuron in found]
+
+
+def _mlp_output(block: nn.Module) -> nn.Linear:
+    """The last layer of a block that narrows: its input are the neurons after the activation."""
+    linear = [part for part in block.modules() if isinstance(part, nn.Linear)]
+    found = [part for part in linear if part.in_features > part.out_features]
+    if not found:
+        raise ValueError(f"attn=registers: {type(block).__name__} has no MLP that narrows.")
+    return found[-1]
+
+
+def _tokens_first(block: nn.Module) -> bool:
+    """Whether hidden states are `[n b c]`, as some hosts of `nn.MultiheadAttention` keep them."""
+    return any(isinstance(p, nn.MultiheadAttention) and not p.batch_first for p in block.modules())
+
+
+def _batch_first(x: Tensor, tokens_first: bool) -> Tensor:
+    return x.transpose(0, 1) if tokens_first else x
+
+
+def _state(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _run(forward: Callable[[], object], handles: Sequence[Handle]) -> None:
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()

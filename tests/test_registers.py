@@ -1,0 +1,164 @@
+"""Test-time registers: what added tokens take over, and how neurons are found."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from hosts import HOSTS, build
+
+import fna_lab
+from fna_lab import ops
+from fna_lab.attn.registers import RegistersAttention, _mlp_output
+from fna_lab.backbone.blocks import find_blocks
+from fna_lab.backbone.neurons import find_register_neurons
+from fna_lab.backbone.parts import mlp_output
+
+REFUSED = ("timm beit", "timm beitv2", "timm eva02", "timm dinov3")
+every_host = pytest.mark.parametrize("name", [name for name in HOSTS if name not in REFUSED])
+NEURONS = [[1, 3], [2, 5], [2, 9]]
+
+
+def spied(model, blocks, run):
+    """What the MLPs' last layers receive, and what the blocks get and give."""
+    said, states = [], []
+    handles = []
+    for block in blocks:
+        handles += [
+            mlp_output(block).register_forward_pre_hook(lambda m, args: said.append(args[0])),
+            block.register_forward_hook(lambda m, args, out: states.append((args, out))),
+        ]
+    out = run()
+    for handle in handles:
+        handle.remove()
+    return out, said, states
+
+
+@every_host
+def test_the_last_layer_of_the_mlp_is_found(name):
+    _, model, _ = build(name)
+    for block in find_blocks(model)[1]:
+        assert _mlp_output(block) is mlp_output(block)
+
+
+@every_host
+@pytest.mark.parametrize("mode", ["zero", "mean", "same"])
+def test_registers_take_the_strongest_value_of_the_patches(name, mode):
+    host, model, x = build(name)
+    _, blocks = find_blocks(model)
+    size, prefix = 25 + host.prefix, host.prefix
+    before = []
+    handle = mlp_output(blocks[2]).register_forward_pre_hook(lambda m, a: before.append(a[0]))
+    plain = host.run(model, x)
+    before.clear()
+    settings = dict(neurons=NEURONS, num_registers=2, mode=mode)
+    with fna_lab.patch(model, "registers", layers="1-", **settings) as patched:
+        out, said, _ = spied(model, blocks, lambda: host.run(model, x))
+        with patched.disabled():
+            assert torch.equal(host.run(model, x), plain)
+    handle.remove()
+    assert torch.equal(host.run(model, x), plain)
+    assert out.shape == plain.shape and not torch.allclose(out, plain)
+    raw, moved = before[0], said[2]  # the spy stands behind the patch, the other hook before it
+    assert said[0].shape[1] == size and moved.shape[1] == size + 2
+    for b in range(3):
+        for neuron in range(moved.shape[2]):
+            old, new = raw[b, :, neuron], moved[b, :, neuron]
+            if neuron not in (5, 9):
+                assert torch.equal(old, new)
+                continue
+            patches = old[prefix:size]
+            strongest = patches[patches.abs().argmax()]
+            assert (new[size:] == strongest).all() and torch.equal(new[:prefix], old[:prefix])
+            wanted = {"zero": 0 * patches, "mean": patches.mean() + 0 * patches, "same": patches}
+            torch.testing.assert_close(new[prefix:size], wanted[mode])
+
+
+def test_found_neurons_are_those_of_the_definition(caplog):
+    _, model, x = build("timm vit")
+    _, blocks = find_blocks(model)
+    x = torch.cat([x, 3 * x[:2].flip(3)])
+    grown = model.pos_embed.data
+    grown[:, 7] += 40  # constructed: one place of every picture is an outlier
+    wanted = find_register_neurons(model, x, num=6, run=model.forward_features)
+    tokens = []
+    blocks[-1].register_forward_hook(lambda m, a, out: tokens.append(out))
+    model(x)
+    norms = tokens[0][:, 1:].norm(dim=-1)
+    assert (norms > 3 * norms.median(1, keepdim=True).values).sum() == 5
+    variant = RegistersAttention(count=5, top_k=6)
+    assert variant.calibration_pictures == 5
+    with caplog.at_level(logging.INFO):
+        settled = variant.calibrate(lambda: model(x), blocks)
+    assert settled is not variant and variant.neurons is None
+    assert settled.neurons == wanted and settled.calibration_pictures == 0
+    assert f"attn.neurons=[[{wanted[0][0]},{wanted[0][1]}]," in caplog.text
+    batches = variant.calibrate(lambda: [model(part) for part in x.split(2)], blocks)
+    assert batches.neurons == wanted
+    low = RegistersAttention(top_k=6, highest_layer=1).calibrate(lambda: model(x), blocks)
+    assert {layer for layer, _ in low.neurons} <= {0, 1}
+    with fna_lab.patch(model, settled, layers="all"):
+        assert torch.isfinite(model(x)).all()
+
+
+def test_without_outliers_a_warning_says_so(caplog):
+    _, model, x = build("timm vit")
+    _, blocks = find_blocks(model)
+    variant = RegistersAttention(outlier_ratio=50.0, top_k=3)
+    settled = variant.calibrate(lambda: model(x), blocks)
+    assert len(settled.neurons) == 3 and "no register neurons" in caplog.text
+
+
+def test_registers_do_not_see_other_pictures():
+    host, model, x = build("timm dinov2 registers")
+    with fna_lab.patch(model, "registers", layers="1-", neurons=NEURONS):
+        together = host.run(model, x)
+        alone = torch.cat([host.run(model, one) for one in x.split(1)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_flops_count_the_added_tokens():
+    shape = dict(heads=6, head_dim=64, channels=384, layers=3)
+    variant = RegistersAttention(neurons=NEURONS, num_registers=4)
+    assert variant.flops(196, **shape) == 3 * ops.attention_flops(200, 6, 64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(neurons=[]), r"attn.neurons=\[\]: expected \[\[block, neuron\]"),
+        (dict(neurons=[[1]]), r"attn.neurons=\[\[1\]\]"),
+        (dict(neurons=[1, 2]), r"attn.neurons=\[1, 2\]"),
+        (dict(neurons=[[1, -2]]), r"attn.neurons=\[\[1, -2\]\]"),
+        (dict(num_registers=0), "attn.num_registers=0: expected an integer >= 1"),
+        (dict(mode="drop"), "attn.mode='drop': expected one of zero, mean, same"),
+        (dict(top_k=True), "attn.top_k=True"),
+        (dict(highest_layer=-1), "attn.highest_layer=-1"),
+        (dict(outlier_ratio=0), "attn.outlier_ratio=0"),
+    ],
+)
+def test_bad_settings_are_named(settings, words):
+    with pytest.raises(ValueError, match=words):
+        RegistersAttention(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(), "attn.neurons=null: register neurons are found by a run"),
+        (dict(neurons=[[0, 3]]), r"attn.neurons=\[\[0, 3\]\]: expected a block from 1"),
+        (dict(neurons=[[4, 3]]), r"attn.neurons=\[\[4, 3\]\]: expected a block from 1.* to 3"),
+        (dict(neurons=[[2, 192]]), r"block 2 has 192 neurons, 0 to 191"),
+    ],
+)
+def test_neurons_that_do_not_fit_the_host_are_named(settings, words):
+    _, model, _ = build("timm vit")
+    with pytest.raises(ValueError, match=words):
+        fna_lab.patch(model, "registers", layers="1-", **settings)
+
+
+def test_a_highest_layer_beyond_the_host_is_named():
+    _, model, x = build("timm vit")
+    with pytest.raises(ValueError, match="attn.highest_layer=4: the host has 4 blocks"):
+        RegistersAttention(highest_layer=4).calibrate(lambda: model(x), find_blocks(model)[1])

@@ -1,0 +1,220 @@
+"""The attention variants beside fna, against slow and obvious formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fna_lab import ops
+from fna_lab.attn.base import Context
+from fna_lab.attn.block_svd import BlockSvdAttention
+from fna_lab.attn.explicit import ExplicitAttention
+from fna_lab.attn.landmarks.random import RandomLandmarks
+from fna_lab.attn.prune import PruneAttention
+from fna_lab.attn.solver.pinv import PinvSolver
+
+
+def call(prefix=1, has_cls=True, **more):
+    """q, k, v of 4 x 6 patches, and what the seam would tell."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, prefix + 24, 8, dtype=torch.float64)
+    context = Context(
+        layer=1,
+        nth=0,
+        scale=8**-0.5,
+        x=torch.randn(2, prefix + 24, 16, dtype=torch.float64),
+        num_prefix_tokens=prefix,
+        has_cls=has_cls,
+        grid=(4, 6),
+        **more,
+    )
+    return q, k, v, context
+
+
+KEEP = (torch.arange(25) % 5 != 3).expand(2, 1, 1, -1)
+BIAS = torch.randn(1, 3, 25, 25, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+every_mask = pytest.mark.parametrize("mask", [None, KEEP, BIAS], ids=["none", "padding", "bias"])
+
+
+def weights(q, k, context):
+    logits = context.scale * q @ k.mT
+    mask = context.attn_mask
+    if mask is not None and mask.dtype == torch.bool:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        logits = logits + mask
+    return logits
+
+
+@every_mask
+def test_explicit_attention_is_exact_with_every_token_explicit(mask):
+    q, k, v, context = call(attn_mask=mask)
+    variant = ExplicitAttention(num_landmarks=25, num_explicit=25)
+    exact = weights(q, k, context).softmax(-1) @ v
+    torch.testing.assert_close(variant(q, k, v, context), exact)
+
+
+@every_mask
+def test_explicit_attention_is_exact_with_every_token_picked(mask):
+    q, k, v, context = call(attn_mask=mask)
+    variant = ExplicitAttention(num_landmarks=25, num_explicit=9, solver=PinvSolver())
+    exact = weights(q, k, context).softmax(-1) @ v
+    torch.testing.assert_close(variant(q, k, v, context), exact, rtol=1e-5, atol=1e-6)
+
+
+@every_mask
+@pytest.mark.parametrize("per_head", [False, True])
+def test_explicit_attention_equals_its_definition(mask, per_head):
+    q, k, v, context = call(attn_mask=mask)
+    variant = ExplicitAttention(
+        num_landmarks=12, num_explicit=5, solver=PinvSolver(), source="k", per_head=per_head
+    )
+    out = variant(q, k, v, context)
+    keys = None if mask is None or mask.dtype != torch.bool else mask[:, 0, 0]
+    picks = variant.choose(q, k, keys, context)
+    logits = weights(q, k, context)
+    for b in range(2):
+        for h in range(3):
+            mine = (picks[b, h] if per_head else picks[b]).tolist()
+            assert len(set(mine)) == 12
+            known, marks = mine[:5], mine[5:]
+            rest = [i for i in range(25) if i not in known]
+            s, value = logits[b, h], v[b, h]
+            lift = s[marks][:, rest].logsumexp(1) - s[marks][:, marks].logsumexp(1)
+            behind = torch.cat([s[marks][:, rest].softmax(1) @ value[rest], lift[:, None]], 1)
+            spread = torch.linalg.pinv(s[marks][:, marks].softmax(1)) @ behind
+            for i in range(25):
+                if i in known:
+                    row = s[i].softmax(0) @ value
+                else:
+                    far = s[i, marks].softmax(0) @ spread
+                    mass = torch.stack([s[i, known].logsumexp(0), s[i, marks].logsumexp(0)])
+                    mass[1] += far[-1]
+                    share = mass.softmax(0)
+                    row = share[0] * (s[i, known].softmax(0) @ value[known]) + share[1] * far[:-1]
+                torch.testing.assert_close(out[b, h, i], row, rtol=1e-4, atol=1e-6)
+
+
+def test_explicit_attention_with_fewer_tokens_than_picks_is_exact():
+    keep = (torch.arange(25) < 8).expand(2, 1, 1, -1)
+    q, k, v, context = call(attn_mask=keep)
+    variant = ExplicitAttention(
+        num_landmarks=12, num_explicit=9, landmarks=RandomLandmarks(), solver=PinvSolver()
+    )
+    exact = weights(q, k, context).softmax(-1) @ v
+    torch.testing.assert_close(variant(q, k, v, context), exact)
+    variant = ExplicitAttention(
+        num_landmarks=12, num_explicit=3, landmarks=RandomLandmarks(), solver=PinvSolver()
+    )
+    context.shared.clear()
+    torch.testing.assert_close(variant(q, k, v, context), exact, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("num", [0, 7, True, 2.5])
+def test_bad_numbers_of_explicit_tokens_are_named(num):
+    with pytest.raises(ValueError, match=r"attn.num_explicit=.*: expected an integer from 1 to"):
+        ExplicitAttention(num_landmarks=6, num_explicit=num)
+
+
+def test_explicit_tokens_alone_cannot_stand_for_all():
+    with pytest.raises(ValueError, match="attn.num_explicit=6: leaves no landmark of the 6 for"):
+        ExplicitAttention(num_landmarks=6, num_explicit=6).check_tokens(25)
+
+
+@every_mask
+@pytest.mark.parametrize("has_cls", [True, False])
+@pytest.mark.parametrize("restore", ["nearest", "zero"])
+def test_pruned_attention_equals_its_definition(mask, has_cls, restore):
+    prefix = int(has_cls)
+    if mask is not None and not has_cls:
+        mask = mask[..., 1:] if mask.dtype == torch.bool else mask[..., 1:, 1:]
+    q, k, v, context = call(prefix=prefix, has_cls=has_cls, attn_mask=mask)
+    variant = PruneAttention(keep=0.5, restore=restore, queries=4)
+    out = variant(q, k, v, context)
+    size = prefix + 24
+    logits = weights(q, k, context)
+    plain = context.scale * q @ k.mT  # the ranking looks at the logits without a bias
+    rows = [0] if has_cls else ops.spread_queries(24, 4, grid=(4, 6))
+    for b in range(2):
+        open_ = torch.ones(size, dtype=torch.bool)
+        if mask is not None and mask.dtype == torch.bool:
+            open_ = mask[b, 0, 0]
+        asked = [r for r in rows if open_[r]] or rows
+        rank = plain[b].masked_fill(~open_, -torch.inf).softmax(-1)[:, asked].mean((0, 1))
+        rank[~open_] = -1
+        rank[:prefix] = 9
+        kept = sorted(rank.argsort(descending=True)[: prefix + 12].tolist())
+        mean = F.normalize(k[b].mean(0), dim=-1)
+        alive = [i for i in kept if i >= prefix and open_[i]]
+        for i in range(size):
+            if i not in kept and restore == "zero":
+                assert (out[b, :, i] == 0).all()
+                continue
+            j = i if i in kept else alive[int((mean[alive] @ mean[i]).argmax())]
+            row = logits[b, :, j, kept].softmax(-1)[:, None] @ v[b][:, kept]
+            torch.testing.assert_close(out[b, :, i], row[:, 0])
+
+
+def test_pruning_nothing_is_exact_attention():
+    q, k, v, context = call()
+    exact = ops.attention(q, k, v)
+    torch.testing.assert_close(PruneAttention(keep=1.0)(q, k, v, context), exact)
+    shape = dict(heads=6, head_dim=64, channels=384, layers=2)
+    halved, exact = PruneAttention(keep=0.5), 2 * ops.attention_flops(1370, 6, 64)
+    assert 0.25 * exact < halved.flops(1370, **shape) < 0.4 * exact
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(keep=0), "attn.keep=0: expected a number above 0"),
+        (dict(keep=1.5), "attn.keep=1.5"),
+        (dict(restore="copy"), "attn.restore='copy': expected one of nearest, zero"),
+        (dict(queries=0), "attn.queries=0"),
+    ],
+)
+def test_bad_settings_of_prune_are_named(settings, words):
+    with pytest.raises(ValueError, match=words):
+        PruneAttention(**settings)
+
+
+@every_mask
+def test_full_rank_blocks_are_exact_attention(mask):
+    massive = torch.zeros(2, 25, dtype=torch.bool)
+    massive[0, 7] = massive[1, [9, 11, 12]] = True
+    q, k, v, context = call(attn_mask=mask, classes={"massive": massive})
+    exact = weights(q, k, context).softmax(-1) @ v
+    for partition in ([], ["cls"], ["cls", "massive"]):
+        variant = BlockSvdAttention(rank=25, partition=partition)
+        torch.testing.assert_close(variant(q, k, v, context), exact)
+    low = BlockSvdAttention(rank=2, partition=["cls", "massive"])(q, k, v, context)
+    assert not torch.allclose(low, exact, rtol=1e-2)
+
+
+def test_blocks_of_low_rank_equal_their_definition():
+    generator = torch.Generator().manual_seed(0)
+    pattern = torch.randn(2, 3, 12, 12, dtype=torch.float64, generator=generator).softmax(-1)
+    labels = torch.randint(0, 3, (2, 12), generator=generator)
+    found = ops.block_low_rank(pattern, labels, 3, 2)
+    for b in range(2):
+        for h in range(3):
+            for r in range(3):
+                for c in range(3):
+                    rows, columns = labels[b] == r, labels[b] == c
+                    block = pattern[b, h][rows][:, columns]
+                    u, s, vh = torch.linalg.svd(block, full_matrices=False)
+                    low = u[:, :2] @ torch.diag(s[:2]) @ vh[:2]
+                    torch.testing.assert_close(found[b, h][rows][:, columns], low)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(rank=0), "attn.rank=0: expected an integer >= 1"),
+        (dict(partition=["sky"]), r"attn.partition=\['sky'\]: expected classes among cls"),
+    ],
+)
+def test_bad_settings_of_block_svd_are_named(settings, words):
+    with pytest.raises(ValueError, match=words):
+        BlockSvdAttention(**settings)
