@@ -58,7 +58,7 @@ def ids(backbone: MiniLmBackbone) -> Tensor:
 
 def test_a_sentence_becomes_cls_words_sep_and_padding(backbone: Any, ids: Tensor) -> None:
     assert ids.shape == (3, 20) and (ids[:, 0] == WORDS.index("[CLS]")).all()
-    assert backbone.real(ids).sum(1).tolist() == [5, 14, 4]
+    assert backbone.kept(ids).sum(1).tolist() == [5, 14, 4]
     found = backbone(ids)
     assert found.grid == (1, 19) and found.patches.shape == (3, 19, 48)
     assert (backbone.num_tokens, backbone.num_prefix_tokens, backbone.has_cls) == (20, 1, True)
@@ -67,7 +67,7 @@ def test_a_sentence_becomes_cls_words_sep_and_padding(backbone: Any, ids: Tensor
 def test_features_are_those_of_transformers_without_padding(backbone: Any, ids: Tensor) -> None:
     found = backbone(ids)
     for i, row in enumerate(ids):
-        alone = backbone.host(input_ids=row[None, : backbone.real(ids)[i].sum()])
+        alone = backbone.host(input_ids=row[None, : backbone.kept(ids)[i].sum()])
         tokens = alone.last_hidden_state[0]
         torch.testing.assert_close(found.pooled[i], tokens.mean(0), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.cls[i], tokens[0], rtol=1e-4, atol=1e-5)
@@ -93,7 +93,7 @@ def test_longer_padding_changes_nothing(
             found.append(one(tokens).pooled)
             if mask != "none":
                 assert patched.tokens is not None and patched.tokens.any()
-                assert not (patched.tokens & ~one.real(tokens)).any()
+                assert not (patched.tokens & ~one.kept(tokens)).any()
                 assert not patched.tokens[:, 0].any()
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 
@@ -111,7 +111,7 @@ def test_padding_is_never_found(backbone: Any, detector: Any) -> None:
             backbone(ids)
         finally:
             tokens = patched.tokens
-    assert tokens is not None and not (tokens & ~backbone.real(ids)).any()
+    assert tokens is not None and not (tokens & ~backbone.kept(ids)).any()
 
 
 def test_a_grid_of_landmarks_is_refused_by_name(backbone: Any, ids: Tensor) -> None:
@@ -183,7 +183,7 @@ def test_cls_of_minilm_is_a_sink_with_an_ordinary_norm() -> None:
     data = SentencesData(transform=backbone.transform, count=20, batch_size=20)
     data.setup()
     ids = next(iter(data.test_dataloader()))["image"]
-    real = backbone.real(ids)
+    real = backbone.kept(ids)
     shares, norms = {}, {}
 
     def look(q: Tensor, k: Tensor, v: Tensor, context: Any) -> None:

@@ -26,7 +26,7 @@ from fna_lab.backbone.seam import (
     LeaveSeam,
     Probed,
     hidden,
-    padding_of,
+    kept_of,
     with_hidden,
 )
 from fna_lab.backbone.search import Again, Finder, Found, Pass, Search, plan_searches
@@ -296,7 +296,7 @@ class Patch:
             self._pass = Pass(grid=self._pass.grid)
         self._pass.last = layer
         x = given = hidden(args, kwargs, f"{self._path}.{layer}")
-        self._pass.padding = padding_of(args, kwargs)
+        self._pass.kept = kept_of(args, kwargs)
         for search in self.searches:
             if search.probes and layer in search.reruns:
                 self._pass.calls[layer] = args, kwargs
@@ -307,9 +307,9 @@ class Patch:
                 if search.name == "mask" and before:
                     x = self._finder.masked(search, self._pass, before)
         if self.mask.rewrites and layer == self.mask_layers[0]:
-            prefix = self._prefix(x)
-            tokens = self._pass.found["mask"].tokens
-            x = self.mask.rewrite(x, tokens, num_prefix_tokens=prefix, grid=self._pass.grid)
+            where = {"num_prefix_tokens": self._prefix(x), "grid": self._pass.grid}
+            tokens, kept = self._pass.found["mask"].tokens, self._pass.kept
+            x = self.mask.rewrite(x, tokens, kept=kept, **where)
         self._input = x
         return None if x is given else with_hidden(args, kwargs, x)
 

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fna_lab import ops
+
 Attend = Callable[..., Tensor]
 # Queries, keys, mask and scale of one attention call.
 Call = tuple[Tensor, Tensor, Tensor | None, float]
@@ -271,10 +273,7 @@ def with_hidden(
     return args, kwargs | {"hidden_states" if "hidden_states" in kwargs else "x": x}
 
 
-def padding_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Padding tokens, bool `[b n]`, by the mask `[b 1 1 n]` that a block is handed; else None."""
-    for part in (*args, *kwargs.values()):
-        if isinstance(part, Tensor) and part.ndim == 4 and part.shape[1] == part.shape[2] == 1:
-            keep = part[:, 0, 0]
-            return ~keep if keep.dtype == torch.bool else ~torch.isfinite(keep)
-    return None
+def kept_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Tokens that are no padding, bool `[b n]`, by the mask that a block is handed; else None."""
+    masks = (part for part in (*args, *kwargs.values()) if isinstance(part, Tensor))
+    return next((kept for kept in map(ops.kept_tokens, masks) if kept is not None), None)

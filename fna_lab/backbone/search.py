@@ -109,7 +109,7 @@ class Pass:
         last: the block that ran last.
         nth: how many blocks with the attention variant ran.
         grid: (rows, columns) of the patch tokens.
-        padding: tokens that are none, bool `[b n]`, None where there are none.
+        kept: tokens that are no padding, bool `[b n]`; None = all.
         found: by the name of the search.
         shared: by attention variants.
         calls: positional and keyword arguments of the blocks that may run again.
@@ -119,7 +119,7 @@ class Pass:
     last: int = -1
     nth: int = 0
     grid: tuple[int, int] | None = None
-    padding: Tensor | None = None
+    kept: Tensor | None = None
     found: dict[str, Found] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
@@ -202,7 +202,7 @@ class Finder:
             )
         state.found[search.name] = found
         if search.name == "mask":
-            self._check(search, found.tokens)
+            self._check(search, found.tokens, state.kept)
             search.removal(found)  # finds the rows of T once, outside of any timed attention
             self.counts.append((found.tokens.sum(1), found.ranks.amax(1)))
 
@@ -227,12 +227,9 @@ class Finder:
                 call = seen.call
         q, k, attn_mask, scale = call or (None, None, None, 1.0)
         prefix = self.prefix(x)
-        gone = None if found is None else found.tokens
-        if state.padding is not None:  # out of attention as well, and never found
-            shared = len(state.padding) == 1  # by all pictures
-            padding = state.padding if shared else _of(state.padding, only)
-            padding = padding.expand(x.shape[:2])
-            gone = padding if gone is None else gone | padding
+        kept = state.kept
+        if kept is not None:
+            kept = (kept if len(kept) == 1 else _of(kept, only)).expand(x.shape[:2])
         return Evidence(
             x,
             prefix,
@@ -242,8 +239,9 @@ class Finder:
             k=k,
             scale=scale,
             bias=_as_bias(attn_mask, x.dtype),
-            found=gone,
+            found=None if found is None else found.tokens,
             stage=search.stage,
+            kept=kept,
             neurons=None if search.neurons is None else search.neurons.read(),
             prepared=search.prepared,
         )
@@ -284,15 +282,15 @@ class Finder:
             out = self.blocks[layer].forward(*args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def _check(self, search: Search, tokens: Tensor) -> None:
+    def _check(self, search: Search, tokens: Tensor, kept: Tensor | None) -> None:
         if torch.compiler.is_compiling():
             return
-        candidates = tokens.shape[1] - self.prefix(tokens)
-        full = (tokens.sum(1) == candidates).nonzero()[:, 0].tolist()
+        candidates = ops.num_kept(kept, tokens.shape[1]) - self.prefix(tokens)
+        full = (tokens.sum(1, keepdim=True) == candidates).nonzero()[:, 0].tolist()
         if full:
             raise ValueError(
                 f"mask.detector={search.detector.name} ({search.detector.threshold}) finds "
-                f"all {candidates} patch tokens of picture(s) {full} of the batch at block "
+                f"all patch tokens of picture(s) {full} of the batch at block "
                 f"{search.detect}, so nothing would be left to attend to; raise its threshold."
             )
 

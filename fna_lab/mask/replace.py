@@ -38,7 +38,13 @@ class ReplaceMask(Mask):
         self.seed = seed
 
     def rewrite(
-        self, x: Tensor, tokens: Tensor, *, num_prefix_tokens: int, grid: tuple[int, int] | None
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        *,
+        num_prefix_tokens: int,
+        grid: tuple[int, int] | None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """New hidden states `[b n c]`.
 
@@ -58,4 +64,5 @@ class ReplaceMask(Mask):
             grid=grid,
             window=self.window,
             seed=self.seed,
+            kept=kept,
         )

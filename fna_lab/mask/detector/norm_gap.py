@@ -31,6 +31,7 @@ class NormGapDetector(Detector):
                 prefix=evidence.num_prefix_tokens,
                 per_picture=True,
                 min_gap=self.min_gap,
+                kept=evidence.kept,
             )
             & evidence.candidates()
         )
