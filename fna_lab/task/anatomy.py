@@ -189,8 +189,8 @@ class Anatomy(Task):
         if not few:
             return facts
         self._keep("norm", _without(x[:few].float().norm(dim=-1), kept), layer)
-        self._keep("incoming", sums.incoming[:few].mean(1), layer)
-        self._keep("cls_row", sums.first[:few].mean(1), layer)
+        self._keep("incoming", _without(sums.incoming[:few].mean(1), kept), layer)
+        self._keep("cls_row", _without(sums.first[:few].mean(1), kept), layer)
         if "suppression" in wanted:
             weight = self.backbone.out_weight(layer)
             near = first_pictures(context, few)
