@@ -187,8 +187,9 @@ class Agreement(Task):
             for first, row in zip(names, table.tolist(), strict=True):
                 for second, value in zip(names, row, strict=True):
                     found[f"{measure}/{first}/{second}"] = value
-        for measure, table in self.stable.compute().items():
-            if measure not in ("iou", "spearman") or not self.has_changes:
+        stable = self.stable.compute() if self.has_changes else {}
+        for measure, table in stable.items():
+            if measure not in ("iou", "spearman"):
                 continue
             for change, row in zip(CHANGES, table.tolist(), strict=True):
                 for name, value in zip(names, row, strict=True):
