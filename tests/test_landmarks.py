@@ -12,6 +12,7 @@ import torch
 import fna_lab
 from fna_lab import ops
 from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.attn.landmarks.fps import FarthestPointLandmarks
 from fna_lab.attn.solver.base import Solver
 
 ROOT = Path(fna_lab.__file__).parent / "attn"
@@ -228,3 +229,17 @@ def test_landmarks_of_the_wrong_shape_are_named():
     for wrong in (torch.zeros(3, 6).long(), torch.zeros(2, 3, 6).long(), torch.zeros(6).long()):
         with pytest.raises(ValueError, match=r"landmarks .*\[b|landmarks \[2 m\]"):
             ops.nystrom_attention(q, q, q, wrong)
+
+
+def test_farthest_points_leave_cls_to_its_distance_where_nothing_is_guaranteed():
+    points = tokens(1)
+    points[:, 0] = points[:, 1:].mean(1)  # CLS stands out least
+    sampler = FarthestPointLandmarks()
+    none = torch.zeros(len(points), 0, dtype=torch.long)
+    more = dict(allowed=None, num_prefix_tokens=1, grid=None)
+    picks = sampler(points, 8, guaranteed=none, **more)
+    assert (picks[:, 0] == 1).all() and not (picks == 0).any()
+    allowed = torch.ones(points.shape[:2], dtype=torch.bool)
+    allowed[:, :4] = False
+    picks = sampler(points, 8, guaranteed=none, **more | {"allowed": allowed})
+    assert (picks[:, 0] == 4).all()

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.base import Context, LandmarkAttention
+from fna_lab.attn.base import Context
 from fna_lab.attn.classes import prefix_tokens
 from fna_lab.attn.guard import Guard
 from fna_lab.attn.landmarks.base import LandmarkSampler, source_points
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
 from fna_lab.attn.layers import Counts
+from fna_lab.attn.reduced import LandmarkAttention
 from fna_lab.attn.solver.base import Solver
 from fna_lab.attn.solver.ridge import RidgeSolver
 
@@ -125,6 +126,8 @@ class FastNystromAttention(LandmarkAttention):
 
     def _points(self, q: Tensor, k: Tensor, context: Context) -> Tensor:
         """What is sampled and clustered, in a sketch: `[b n c]`, or per head `[b*h n c]`."""
+        if self.source == "normed" and self.sketch and self.sketch < context.x.shape[2]:
+            return ops.sketch_points(context.x, self.sketch, normed=True)  # takes no normed copy
         points = source_points(self.source, q, k, context, per_head=self.per_head)
         if self.sketch is None or self.sketch >= points.shape[2]:
             return points
