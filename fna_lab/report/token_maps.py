@@ -6,7 +6,7 @@ A sentence lies on a strip, one column a token in reading order; padding is left
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -121,7 +121,7 @@ def on_grid(values: np.ndarray, record: Record) -> np.ndarray:
     return values[len(values) - rows * columns :].reshape(rows, columns, *values.shape[1:])
 
 
-def aspect(values: np.ndarray) -> str:
+def aspect(values: np.ndarray) -> Literal["auto", "equal"]:
     """Square patches; the tokens of a strip are as high as its panel."""
     return "auto" if len(values) == 1 else "equal"
 
