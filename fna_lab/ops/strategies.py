@@ -61,7 +61,7 @@ def replace_tokens(
     if how == "mean":
         # Half precision would overflow in the sum, and cannot count beyond 256 or 2048.
         wide = torch.promote_types(x.dtype, torch.float32)
-        total = patches.to(wide).masked_fill(chosen[..., None], 0).sum(1, keepdim=True)
+        total = patches.to(wide).masked_fill(~free[..., None], 0).sum(1, keepdim=True)
         other = total / free.sum(1)[:, None, None].clamp(min=1)
         other = other.to(x.dtype).expand_as(patches)
     elif how == "permutation":
