@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -294,6 +295,10 @@ class Finding(ABC):
         return type(self).__module__.rsplit(".", 1)[-1]
 
 
+# A log ratio below it, which is 5 %, is called small beside growth by factors.
+SMALL = 0.05
+
+
 @dataclass(frozen=True)
 class Mean:
     """A mean over the pictures that can tell, with its bootstrap interval (95 %).
@@ -322,6 +327,17 @@ class Mean:
         """Mean and interval as text."""
         return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
+    def change(self) -> str:
+        """A mean log ratio in words: `12 % smaller [10, 14 %]`, or a factor where it is large."""
+        ends = self.value, self.low, self.high
+        if max(abs(end) for end in ends) > math.log(2):
+            value, low, high = (math.exp(end) for end in ends)
+            return f"{value:.3g} times as large [{low:.3g}, {high:.3g}]"
+        value, *limits = (100 * math.expm1(end) for end in ends)
+        word = "smaller" if value < 0 else "larger"
+        low, high = sorted(-limit if value < 0 else limit for limit in limits)
+        return f"{abs(value):.2g} % {word} [{low:.2g}, {high:.2g} %]"
+
     def numbers(self, name: str) -> dict[str, float]:
         """Value, ends and count by name."""
         return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high,
@@ -333,22 +349,28 @@ def only(values: Tensor, where: Tensor) -> Tensor:
     return values.double().masked_fill(~where, torch.nan)
 
 
-def compared(mean: Mean | None, level: float, says: str, name: str, *, above: bool) -> Verdict:
+def compared(
+    mean: Mean | None, level: float, says: str, name: str, *, above: bool, small: float = 0.0
+) -> Verdict:
     """The verdict on a mean that is claimed to lie above (or below) a level, interval and all.
 
     Args:
         mean: None = no picture can tell.
         level: what would be no effect.
-        says: a sentence with `{mean}` and `{n}`.
+        says: a sentence with `{mean}` or `{change}` (of a log ratio, in words), and `{n}`.
         name: of the number.
         above: which side is claimed.
+        small: a smaller difference from the level is called so, however sure it is.
     """
     if mean is None:
         return Verdict(None, "no picture here has such tokens, so nothing can be taken away")
     up, down = mean.low > level, mean.high < level
     holds = None if not (up or down) else up == above
-    text = says.format(mean=mean.said(), n=mean.count)
-    text += "" if holds is not None else "; the interval includes no effect"
+    text = says.format(mean=mean.said(), change=mean.change(), n=mean.count)
+    if holds is None:
+        text += "; the interval includes no effect"
+    elif abs(mean.value - level) < small:
+        text += "; clear of chance, but a small difference"
     return Verdict(holds, text, mean.numbers(name))
 
 

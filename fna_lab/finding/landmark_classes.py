@@ -14,6 +14,7 @@ from fna_lab.finding.base import Finding, Lab, Mean, Plot, Verdict
 CLASSES = ("cls", "massive", "artifact")
 WAYS = ("ignore", "guarantee", "exclude")
 LEAST = 1e-6  # a smaller change of a cosine is rounding
+SMALL = 0.005  # of a cosine: settings that lie closer than this are as good as alike
 CELLS = tuple(product(WAYS, repeat=3))
 
 
@@ -75,8 +76,12 @@ class LandmarkClasses(Finding):
             numbers |= mean.numbers(f"{name}_difference")
             up, down = mean.low > LEAST, mean.high < -LEAST
             holds.append(None if not (up or down) else up == (sign > 0))
+        means = [float(found["_".join(cell)].mean()) for cell in CELLS]
         text = f"cosine changes by {'; '.join(said)}; best of 27: " + ", ".join(
             f"{name} {way}" for name, way in zip(CLASSES, best, strict=True)
         )
+        text += f" ({min(means):.4f} to {max(means):.4f})"
+        if max(means) - min(means) < SMALL:
+            text += "; all 27 are as good as alike"
         whole = False if False in holds else True if all(holds) else None
         return Verdict(whole, text, numbers)

@@ -48,8 +48,8 @@ class NoMassiveInMae(Finding):
         share, ratio = Mean.of(found["massive"]), Mean.of(found["ratio"])
         assert share is not None and ratio is not None
         text = (
-            f"a share of {share.said()} of {share.count} pictures has a massive activation; the "
-            f"largest is {ratio.said()} medians"
+            f"{share.value * share.count:.0f} of {share.count} pictures have a massive activation; "
+            f"the largest of a picture is {ratio.said()} medians of its block (massive: {RATIO:g})"
         )
         numbers = {**share.numbers("share"), **ratio.numbers("ratio")}
         if "mae" not in backbone.name.lower():

@@ -86,10 +86,10 @@ def over_blocks(axes: Axes, said: str, *, log: bool = False, x: str = "block") -
     if axes.get_xscale() == "linear":
         whole(axes.xaxis)
     else:
-        _plain_log(axes.xaxis)
+        plain_log(axes.xaxis)
     if log:
         axes.set_yscale("log")
-        _plain_log(axes.yaxis)
+        plain_log(axes.yaxis)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -106,11 +106,14 @@ def whole(*axes: Axis) -> None:
         axis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _plain_log(axis: Axis) -> None:
-    """Numbers at 1, 2 and 5 of each decade, or at its ends where there are many decades."""
+def plain_log(axis: Axis) -> None:
+    """Plain numbers: even steps, 1, 2 and 5 of each decade, or decades, by how much there is."""
     low, high = axis.get_data_interval()
-    few = high < 50 * max(low, 1e-300)
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+    ratio = high / max(low, 1e-300)
+    if ratio < 4:
+        axis.set_major_locator(MaxNLocator(5))
+    else:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 50 else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

@@ -78,9 +78,7 @@ def _series(axes: Axes, columns: Mapping[str, np.ndarray], plot: Mapping[str, An
         rounds = np.flatnonzero(counts)
         means = np.nanmean(values[:, rounds], axis=0)
         label = f"{plot['columns'][name]} ({len(values)} pictures)"
-        axes.plot(
-            rounds + 1, means, color=COLOURS[i], marker=MARKERS[i], markersize=5, label=label
-        )
+        axes.plot(rounds, means, color=COLOURS[i], marker=MARKERS[i], markersize=5, label=label)
         for one in values[:40]:
             axes.plot(np.arange(len(one)), one, color=COLOURS[i], alpha=0.12, linewidth=0.8)
     axes.set_xlabel("tokens taken out")
@@ -117,6 +115,7 @@ def _interval(values: np.ndarray) -> tuple[float, float, float]:
 def _finish(axes: Axes, plot: Mapping[str, Any]) -> None:
     if plot["log"]:
         axes.set_yscale("log")
+        canvas.plain_log(axes.yaxis)
     if plot["level"] is not None:
         axes.axhline(plot["level"], color="grey", linewidth=0.8, linestyle="--")
     axes.set_ylabel(plot["unit"])
