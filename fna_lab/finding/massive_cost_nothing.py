@@ -49,7 +49,7 @@ class MassiveCostNothing(Finding):
         cosine, random = means["massive"], means["random"]
         if cosine is None or random is None:
             return Verdict(None, "no picture here has such tokens, so nothing can be taken away")
-        text = f"cosine {cosine.said()} against {random.said()} for as many other patches"
+        text = f"cosine {_said(cosine)} against {_said(random)} for as many other patches"
         holds = _clear(cosine.low, cosine.high, COSINE)
         change = means.get("massive_accuracy_change")
         if change is None:
@@ -60,9 +60,15 @@ class MassiveCostNothing(Finding):
         text = f"accuracy changes by {change.said('+.2g')} over {change.count} pictures; {text}"
         if told is not None:
             return Verdict(told, text, numbers)
-        return Verdict(
-            holds, f"{text}; by the cosine, for these are too few for one point", numbers
-        )
+        return Verdict(holds, f"{text}; by the cosine: these are too few for a point", numbers)
+
+
+def _said(cosine: Mean) -> str:
+    """A mean cosine with its interval; by what is missing where it is nearly 1."""
+    missing = 1 - cosine.value
+    if missing > 1e-3:
+        return cosine.said(".4g")
+    return f"1 - {missing:.1g}" if missing > 1e-7 else "1"
 
 
 def _clear(low: float, high: float, level: float) -> bool | None:

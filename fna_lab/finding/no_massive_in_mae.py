@@ -45,11 +45,12 @@ class NoMassiveInMae(Finding):
 
     def verdict(self, found: Mapping[str, Tensor], backbone: Backbone) -> Verdict:
         """On the share of pictures with a massive activation, for MAE; of others it is told."""
-        share, ratio = Mean.of(found["massive"]), Mean.of(found["ratio"])
-        assert share is not None and ratio is not None
+        share, ratio, top = (Mean.of(found[name]) for name in ("massive", "ratio", "top"))
+        assert share is not None and ratio is not None and top is not None
         text = (
-            f"{share.value * share.count:.0f} of {share.count} pictures have a massive activation; "
-            f"the largest of a picture is {ratio.said()} medians of its block (massive: {RATIO:g})"
+            f"{share.value * share.count:.0f} of {share.count} pictures have massive activations, "
+            f"the largest of one is {top.value:.3g} in size (massive: above {SIZE:g}) and "
+            f"{ratio.said()} medians of its block (above {RATIO:g})"
         )
         numbers = {**share.numbers("share"), **ratio.numbers("ratio")}
         if "mae" not in backbone.name.lower():

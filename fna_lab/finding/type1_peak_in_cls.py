@@ -42,7 +42,7 @@ class Type1PeakInCls(Finding):
         shares = {}
         for name, ratio in found.items():
             shares[name] = Mean.of(only(ratio > 1, ratio.isfinite()))
-        says = "it lies in CLS in a share {mean} of {n} pictures"
+        says = "share of {n} pictures with the largest activation in CLS: {mean}"
         verdict = compared(shares["type1"], 0.5, says, "share_type1", above=True)
         if shares["plain"] is None:
             return verdict

@@ -42,7 +42,5 @@ class Type2ControlsGrowth(Finding):
     def verdict(self, found: Mapping[str, Tensor], backbone: Backbone) -> Verdict:  # noqa: ARG002
         """On the mean log ratio of the two, in pairs."""
         ratio = Mean.of((found["type2"] / found["type1"]).log())
-        says = (
-            "largest norm of a sink: {change} under Type II than under Type I, over {n} pictures"
-        )
+        says = "largest norm of a sink: {change} under Type II than Type I, over {n} pictures"
         return compared(ratio, 0.0, says, "log_ratio", above=False, small=SMALL)

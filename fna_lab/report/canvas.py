@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from fna_lab.report.record import nature
+
 # One colour and one marker a class in every figure, so that print without colour tells them too.
 CLASS_COLOURS = {
     "cls": "#0072B2",
@@ -31,9 +33,8 @@ SEQUENTIAL = "viridis"
 def heading(record: Mapping[str, Any]) -> str:
     """Backbone, data and what was done to the model, and what of it is made up."""
     backbone, data = record["backbone"], record["data"]
-    made = " (constructed)" if backbone.get("constructed") else ""
     drawn = " (synthetic)" if data.get("synthetic") else ""
-    text = f"{backbone['name']}{made}, {backbone['num_tokens']} tokens; "
+    text = f"{backbone['name']}{nature(record)}, {backbone['num_tokens']} tokens; "
     text += f"{data['count']} pictures of {data['name']}{drawn}"
     attn, mask = record["attn"]["name"], record["mask"]["name"]
     return text if (attn, mask) == ("exact", "none") else f"{text}; attn={attn}, mask={mask}"
@@ -111,7 +112,7 @@ def plain_log(axis: Axis) -> None:
     low, high = axis.get_data_interval()
     ratio = high / max(low, 1e-300)
     if ratio < 4:
-        axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     else:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 50 else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
