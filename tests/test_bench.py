@@ -7,15 +7,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
-from fna_lab import bench
+from fna_lab import ops
+from fna_lab.backbone.timm import TimmBackbone
+from fna_lab.bench import attention, packages, selection
+from fna_lab.bench.__main__ import main
+from fna_lab.bench.table import slopes
 
 
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, arguments: str) -> dict:
     common = "--seconds 0.01 --least 1 --landmarks 8 --device cpu".split()
     argv = ["bench", *arguments.split(), *common, "--out", str(out)]
     monkeypatch.setattr(sys, "argv", argv)
-    bench.main()
+    main()
     assert (out / "bench.png").stat().st_size > 5000
     return json.loads((out / "bench.json").read_text())
 
@@ -25,8 +31,8 @@ def test_attention_alone(
 ) -> None:
     found = run(monkeypatch, tmp_path, "--tokens 50 101 --batch 1 2 --heads 2 --head-dim 8")
     rows = found["rows"]
-    assert len(rows) == 2 * 2 * len(bench.VARIANTS)
-    assert {row["variant"] for row in rows} == set(bench.VARIANTS)
+    names = {*attention.VARIANTS, *filter(packages.installed, packages.ATTENTION)}
+    assert len(rows) == 2 * 2 * len(names) and {row["variant"] for row in rows} == names
     for row in rows:
         assert 0 < row["low_ms"] <= row["ms"] <= row["high_ms"] and row["peak_mib"] > 0
         assert (row["selection_ms"] > 0) == (row["variant"] in ("fna", "fna_paper", "subset"))
@@ -41,6 +47,69 @@ def test_whole_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = run(monkeypatch, tmp_path, arguments)["rows"]
     assert [row["variant"] for row in rows] == ["exact", "fna", "free"]
     assert rows[-1]["amdahl"] == 1 and rows[0]["tokens"] == 17
+
+
+def test_masks_stand_beside_what_they_are_put_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    arguments = "--tokens 50 --heads 2 --head-dim 8 --variants exact fna performer --no-memory"
+    rows = run(monkeypatch, tmp_path, arguments + " --masked-tokens 3 --masks")["rows"]
+    for name in ("exact", "fna", "performer"):
+        found = [row for row in rows if row["variant"] == name]
+        assert [row.get("mask") for row in found] == [None, *attention.MASKS]
+        for row in found[1:]:
+            assert row["mask_cost"] == pytest.approx(row["ms"] / found[0]["ms"] - 1)
+
+
+@pytest.mark.parametrize("points", ["", "--model vit_tiny_patch16_224 --img-size 64 --block 2"])
+def test_selection_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, points: str) -> None:
+    if points:  # random weights: no hub is at hand
+        monkeypatch.setattr(
+            selection, "TimmBackbone", lambda **rest: TimmBackbone(**rest | {"pretrained": False})
+        )
+    names = ["grid_fps", "fps", "fps:block=4,sketch=32", "random"]
+    arguments = f"--selection --tokens 50 101 --batch 2 --samplers {' '.join(names)} {points}"
+    rows = run(monkeypatch, tmp_path, arguments)["rows"]
+    assert [row["variant"] for row in rows] == names * (1 if points else 2)
+    for row in rows:
+        assert row["batch"] == 2 and row["low_ms"] <= row["ms"] <= row["high_ms"]
+        exact = row["variant"] == "fps"
+        assert row["coverage"] == pytest.approx(1) if exact else row["coverage"] > 0.9
+    assert max(row["coverage"] for row in rows if row["variant"] == "random") > 1
+
+
+@pytest.mark.parametrize("name", packages.SAMPLERS)
+def test_public_samplers_take_farthest_points(name: str) -> None:
+    if not packages.installed(name):
+        pytest.skip(f"{name} is not installed")
+    points = torch.randn(2, 300, 48, generator=torch.Generator().manual_seed(0))
+    picks = packages.sampler(name)(points, 20)
+    assert torch.equal(picks, ops.farthest_points(points, 20))
+
+
+def test_public_attention_is_nystroem_attention() -> None:
+    if not packages.installed("nystrom-attention"):
+        pytest.skip("nystrom-attention is not installed")
+    qkv, _ = attention.random_inputs(64, (2, 3, 16), torch.float32, torch.device("cpu"))
+    out = packages.nystrom_attention(qkv, 8)()
+    q, k, v = qkv
+    # Segment means, as its paper has them.
+    q_means, k_means = (x.unflatten(2, (8, 8)).mean(3) for x in (q, k))
+    kernel = (q_means @ k_means.mT / 4).softmax(-1)
+    inverse = torch.linalg.inv(kernel.double()).float()
+    wanted = (q @ k_means.mT / 4).softmax(-1) @ inverse @ (q_means @ k.mT / 4).softmax(-1) @ v
+    agreement = F.cosine_similarity(out, wanted.transpose(1, 2).flatten(2), dim=-1)
+    assert out.shape == (2, 64, 48) and agreement.mean() > 0.8
+
+
+def test_what_is_absent_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(packages, "installed", lambda name: False)
+    with pytest.raises(SystemExit, match="error: --variants nystrom-attention: not installed"):
+        run(monkeypatch, tmp_path, "--tokens 50 --variants nystrom-attention")
+    with pytest.raises(SystemExit, match="error: --samplers torch-fps: not installed"):
+        run(monkeypatch, tmp_path, "--tokens 50 --selection --samplers torch-fps")
+    with pytest.raises(SystemExit, match="error: --samplers nonsense"):
+        run(monkeypatch, tmp_path, "--tokens 50 --selection --samplers nonsense")
 
 
 def test_exact_attention_is_left_out_beyond_its_limit(
@@ -58,10 +127,10 @@ def test_slopes_are_exponents_of_growth() -> None:
     same = {"variant": "a", "batch": 1, "dtype": "float32"}
     sizes = (100, 4000, 8000, 64000)
     rows = [same | {"tokens": n, "ms": 3 * n**1.5, "peak_mib": n} for n in sizes]
-    (fit,) = bench.slopes(rows).values()
+    (fit,) = slopes(rows).values()
     assert fit["ms"] == pytest.approx(1.5, abs=1e-4)
     assert fit["peak_mib"] == pytest.approx(1, abs=1e-4)
-    assert bench.slopes(rows[:2]) == {}
+    assert slopes(rows[:2]) == {}
 
 
 def test_unknown_names_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -193,7 +193,8 @@ def test_every_host_family(name: str) -> None:
     host, model, x = build(name)
     if name == "open_clip":
         model = model.visual
-    found = fna_lab.solve_budget(model, x, "fna", budget=0.5, candidates=(4, 8))
+    plain = FastNystromAttention(clusters=False, source="normed")  # 25 tokens are few for clusters
+    found = fna_lab.solve_budget(model, x, plain, budget=0.5, candidates=(4, 8))
     assert found.landmarks and found.error <= 0.5
 
 

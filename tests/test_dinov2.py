@@ -42,10 +42,13 @@ def backbone() -> Backbone:
     )
 
 
-def fidelity(backbone: Backbone, attn: str, **settings: int) -> dict[str, float]:
+def fidelity(
+    backbone: Backbone, attn: str, first: int = 6, **settings: int | str
+) -> dict[str, float]:
+    layers = range(first, 12)
     with (
-        fna_lab.patch(backbone.host, attn, layers=range(6, 12), **settings) as patched,
-        fna_lab.patch(backbone.host, "exact", layers=range(6, 12)) as exact,
+        fna_lab.patch(backbone.host, attn, layers=layers, **settings) as patched,
+        fna_lab.patch(backbone.host, "exact", layers=layers) as exact,
     ):
         task = Fidelity(backbone=backbone, patched=patched, exact=exact, cost=False)
         trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False,
@@ -71,12 +74,21 @@ def test_published_settings_come_within_0_005(
     assert found["patch_cosine"] == pytest.approx(patch, abs=0.005)
 
 
-@pytest.mark.parametrize(("landmarks", "cls", "patch"), [(64, 0.992, 0.985), (128, 0.997, 0.996)])
+# What the project aims at in blocks 6-11 is 0.988 / 0.986 and 0.996 / 0.996, in all 0.97 / 0.96.
+@pytest.mark.parametrize(
+    ("first", "landmarks", "cls", "patch"),
+    [(6, 64, 0.996, 0.993), (6, 128, 0.999, 0.998), (0, 128, 0.975, 0.97)],
+)
 def test_own_defaults_are_closer(
-    backbone: Backbone, landmarks: int, cls: float, patch: float
+    backbone: Backbone, first: int, landmarks: int, cls: float, patch: float
 ) -> None:
-    found = fidelity(backbone, "fna", num_landmarks=landmarks)
+    found = fidelity(backbone, "fna", first, num_landmarks=landmarks)
     assert found["cls_cosine"] > cls and found["patch_cosine"] > patch
+
+
+def test_more_rows_are_closer_still(backbone: Backbone) -> None:
+    found = fidelity(backbone, "fna", 0, num_landmarks=128, rows=3)
+    assert found["cls_cosine"] > 0.985 and found["patch_cosine"] > 0.985
 
 
 def test_unpatching_restores_every_bit(backbone: Backbone) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -208,6 +209,8 @@ def test_the_meter_works_on_every_kind_of_variant(variant: Any) -> None:
 
 # --- guard ---
 
+PLAIN: dict[str, Any] = {"clusters": False, "source": "normed"}
+
 
 def singular(heads: tuple[int, ...] = (0,)) -> tuple[list[torch.Tensor], Context]:
     """Constructed: in these heads of the second picture the landmarks' keys are all alike.
@@ -215,7 +218,7 @@ def singular(heads: tuple[int, ...] = (0,)) -> tuple[list[torch.Tensor], Context
     A is then 1/m everywhere, while landmark queries look at different other keys.
     """
     qkv, context = tokens(3)
-    marks = FastNystromAttention(num_landmarks=6).choose(qkv[0], qkv[1], None, context)
+    marks = FastNystromAttention(num_landmarks=6, **PLAIN).choose(qkv[0], qkv[1], None, context)
     context.shared.clear()
     for head in heads:
         qkv[1][1, head, marks[1]] = 1.0
@@ -226,8 +229,9 @@ def singular(heads: tuple[int, ...] = (0,)) -> tuple[list[torch.Tensor], Context
 @pytest.mark.parametrize("solver", [NewtonSchulzSolver(), RidgeSolver(), PinvSolver()])
 def test_a_singular_kernel_falls_back_to_exact_in_its_head_alone(solver: Any) -> None:
     (q, k, v), context = singular()
-    guarded = FastNystromAttention(num_landmarks=6, solver=solver, exact_cls=False, guard=0.9)
-    plain = FastNystromAttention(num_landmarks=6, solver=solver, exact_cls=False)
+    settings = {"num_landmarks": 6, "solver": solver, "exact_cls": False, **PLAIN}
+    guarded = FastNystromAttention(**settings, guard=0.9)
+    plain = FastNystromAttention(**settings)
     out, rough = guarded(q, k, v, context), plain(q, k, v, context)
     exact = F.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(out[1, 0], exact[1, 0], rtol=1e-12, atol=1e-12)
@@ -282,8 +286,8 @@ def test_the_guard_honours_padding_bias_and_batch_mates() -> None:
     keep = torch.arange(N).expand(B, 1, 1, -1) < 19
     bias = torch.randn(1, H, N, N, dtype=torch.double)
     exact = ExactAttention()
-    for mask in (keep, bias):
-        variant = FastNystromAttention(num_landmarks=6, guard=1e-9)  # nothing is believed
+    for mask, settings in itertools.product((keep, bias), ({}, PLAIN, {"per_head": True})):
+        variant = FastNystromAttention(num_landmarks=6, guard=1e-9, **settings)  # nothing passes
         given = Context(**{**vars(context), "attn_mask": mask, "shared": {}})
         out = variant(q, k, v, given)
         torch.testing.assert_close(out, exact(q, k, v, given))
@@ -301,7 +305,7 @@ def test_without_a_guard_nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch) -
     (q, k, v), context = tokens()
     FastNystromAttention(num_landmarks=6)(q, k, v, context)
     with pytest.raises(TypeError):
-        FastNystromAttention(num_landmarks=6, guard=0.5)(q, k, v, context)
+        FastNystromAttention(num_landmarks=6, guard=0.5, **PLAIN)(q, k, v, context)
 
 
 @pytest.mark.parametrize("value", [0, -1.0, "half", True])

@@ -38,9 +38,8 @@ MAY = {
     "cli": ("help", "run", "report"),
     "__main__": ("cli",),
     "__init__": ("backbone.patch", "backbone.budget"),
-    "bench": ("attn.base", "attn.layers", "attn.stopwatch", "backbone.named",
-              "backbone.patch", "backbone.timm",
-              "metric", "report"),
+    "bench": ("ops", "attn", "backbone.named", "backbone.patch", "backbone.timm", "metric",
+              "report"),
     "pretrain": ("backbone.tiny_clip", "data.shapes_world"),
 }  # fmt: skip
 # Library -> the only parts that may import it.

@@ -215,7 +215,7 @@ def test_heads_differ_in_queries_and_keys_alone():
     from fna_lab.attn.fna import FastNystromAttention
 
     with pytest.raises(ValueError, match="attn.per_head=true with attn.source=normed.*q, k, qk"):
-        FastNystromAttention(per_head=True)
+        FastNystromAttention(per_head=True, source="normed")
     one = FastNystromAttention(source="k")
     many = FastNystromAttention(source="k", per_head=True)
     shape = dict(heads=6, head_dim=64, channels=384, layers=2)

@@ -131,3 +131,45 @@ def test_wrong_arguments_are_named():
         ops.attention(q, k, v, keep=tokens[:, None, :5])
     with pytest.raises(ValueError, match="to fit, got"):
         ops.attention(q, k[:, :1], v)
+
+
+@pytest.mark.parametrize("stage", ["mask", "sink"])
+@pytest.mark.parametrize("pattern", ["type1", "type2"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("biased", [False, True])
+def test_known_rows_change_nothing(stage, pattern, batch, biased):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(batch, 2, 30, 8, dtype=torch.float64, generator=generator) for _ in range(3)
+    )
+    bias = torch.randn(1, 2, 30, 30, dtype=torch.float64, generator=generator) if biased else None
+    tokens = torch.rand(batch, 30, generator=generator) < 0.2
+    tokens[:, 7] = True
+    logits = q @ k.mT * 8**-0.5 + (0 if bias is None else bias)
+    gone = ops.removed_pairs(tokens, pattern)[:, None]
+    if stage == "mask":
+        weights = logits.masked_fill(gone, -torch.inf).softmax(-1)
+    else:
+        weights = logits.softmax(-1).masked_fill(gone, 0)
+    kept = v.clone()
+    for rows in (None, ops.token_rows(tokens)):
+        out = ops.masked_attention(
+            q, k, v, tokens, pattern=pattern, stage=stage, bias=bias, rows=rows
+        )
+        torch.testing.assert_close(out, weights @ v)
+    assert torch.equal(v, kept)  # the host's values are its own
+    nobody = torch.zeros(batch, 30, dtype=torch.bool)
+    out = ops.masked_attention(
+        q, k, v, nobody, pattern=pattern, stage=stage, bias=bias, rows=ops.token_rows(nobody)
+    )
+    torch.testing.assert_close(out, logits.softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_picture_without_any_key_gives_zeros(batch):
+    q, k, v = (torch.randn(batch, 2, 6, 8, dtype=torch.float64) for _ in range(3))
+    tokens = torch.ones(batch, 6, dtype=torch.bool)
+    tokens[1:, 0] = False
+    rows = ops.token_rows(tokens)
+    out = ops.masked_attention(q, k, v, tokens, pattern="type1", stage="mask", rows=rows)
+    assert (out[0] == 0).all() and (out[1:] != 0).all()

@@ -213,7 +213,8 @@ class KeyMaskedAttention(AttentionVariant):
         if context.removed is not None:
             keys = ~context.removed if keys is None else keys & ~context.removed
         sunk = removal is not None and removal.stage == "sink"
-        values = v.masked_fill(removal.tokens[:, None, :, None], 0) if removal and sunk else v
+        rows = (removal.rows, removal.valid) if removal else None
+        values = ops.zero_rows(v, removal.tokens, rows) if removal and sunk else v
         out = self.attend(q, k, values, context, keys=keys, bias=bias)
         if removal is None or removal.pattern == "type1":
             return out
@@ -286,7 +287,7 @@ class LandmarkAttention(ReducedAttention):
         num_landmarks: landmarks m of each picture, guaranteed ones included; see
             `ReducedAttention`.
         source: what it samples: the block's `input`, that input layer-`normed` (without the
-            host's affine part), the head mean of `q` or `k`, or `qk` of all heads side by side.
+            host's affine part), `q` or `k` of all heads side by side, or both (`qk`).
         renew: take landmarks anew at `every` layer, every so many layers, or `never`.
         guarantee: token classes that are landmarks: cls, register, massive, artifact.
         exclude: token classes that are never landmarks.
@@ -335,12 +336,9 @@ class LandmarkAttention(ReducedAttention):
 
     def flops(self, tokens: int, *, heads: int, head_dim: int, channels: int, layers: int) -> int:
         """FLOPs of the attention of one picture over so many layers, selection included."""
-        width = {"q": head_dim, "k": head_dim, "qk": 2 * channels}.get(self.source, channels)
         times = heads if self.per_head else 1
-        if self.landmarks.reads == "attention":
-            width = channels // times
-        elif self.per_head and self.source == "qk":
-            width = 2 * head_dim
+        width = channels // times if self.landmarks.reads == "attention" else None
+        width = self.width(channels // times) if width is None else width
         total = taken = 0
         for nth, num in enumerate(self.counts(layers)):
             total += self.with_landmarks(num).layer_flops(tokens, heads, head_dim)
@@ -354,8 +352,21 @@ class LandmarkAttention(ReducedAttention):
         """Whether landmarks may repeat where no key is removed: detected classes are excluded."""
         return any(c in DETECTED for c in self.exclude)
 
-    def choose(self, q: Tensor, k: Tensor, keys: Tensor | None, context: Context) -> Tensor:
+    def width(self, channels: int) -> int:
+        """Channels of what is sampled, for so many of the host (or of its heads)."""
+        return (2 if self.source == "qk" else 1) * channels
+
+    def choose(
+        self,
+        q: Tensor,
+        k: Tensor,
+        keys: Tensor | None,
+        context: Context,
+        points: Tensor | None = None,
+    ) -> Tensor:
         """Landmarks, long `[b m]` or per head `[b h m]`: new, or of an earlier layer of this pass.
+
+        `points` are what is sampled, `[b n c]` or per head `[b*h n c]`, where that is known.
 
         Raises:
             ValueError: more landmarks than tokens that may be taken.
@@ -368,12 +379,19 @@ class LandmarkAttention(ReducedAttention):
             return context.shared[slot]
         begin = context.stopwatch.now() if context.stopwatch else 0.0
         sampling = self if num == self.num_landmarks else self.with_landmarks(num)
-        context.shared[slot] = sampling._sample(q, k, keys, context)
+        context.shared[slot] = sampling._sample(q, k, keys, context, points)
         if context.stopwatch:
             context.stopwatch.note("selection", begin)
         return context.shared[slot]
 
-    def _sample(self, q: Tensor, k: Tensor, keys: Tensor | None, context: Context) -> Tensor:
+    def _sample(
+        self,
+        q: Tensor,
+        k: Tensor,
+        keys: Tensor | None,
+        context: Context,
+        points: Tensor | None,
+    ) -> Tensor:
         size = q.shape[2]
         self.check_tokens(size)
         never = prefix_tokens(self.exclude, context)
@@ -390,9 +408,10 @@ class LandmarkAttention(ReducedAttention):
         if any(c in DETECTED for c in self.guarantee):
             wanted = token_set(self.guarantee, q.shape[0], size, context)
             wanted = wanted if allowed is None else wanted & allowed
-        points = sampled_points(
-            self.landmarks, self.source, q, k, context, allowed=allowed, per_head=self.per_head
-        )
+        if points is None:
+            points = sampled_points(
+                self.landmarks, self.source, q, k, context, allowed=allowed, per_head=self.per_head
+            )
         if self.per_head:  # heads are to a sampler what pictures are
             allowed, wanted = (
                 None if found is None else found.repeat_interleave(q.shape[1], dim=0)

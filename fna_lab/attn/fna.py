@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fna_lab import ops
 from fna_lab.attn.base import Context, LandmarkAttention
+from fna_lab.attn.classes import prefix_tokens
 from fna_lab.attn.guard import Guard
-from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.attn.landmarks.base import LandmarkSampler, source_points
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
 from fna_lab.attn.layers import Counts
 from fna_lab.attn.solver.base import Solver
@@ -20,6 +22,8 @@ from fna_lab.attn.solver.ridge import RidgeSolver
 class FastNystromAttention(LandmarkAttention):
     """Nystroem attention on sampled landmarks, linear in the number of tokens, untrained.
 
+    Every token joins its nearest landmark; `ops.clustered_attention` attends to the mean keys of
+    these clusters. Without clusters it is the plain chain,
     out = softmax(s Q Kp') Z(A) softmax(s Qp K') V with A = softmax(s Qp Kp').
 
     Args:
@@ -27,7 +31,8 @@ class FastNystromAttention(LandmarkAttention):
             block.
         landmarks: the sampler; None = half a grid, half farthest points.
         solver: what stands for the inverse of A; None = ridge.
-        source: what is sampled; see `LandmarkAttention`.
+        source: what is sampled and clustered; see `LandmarkAttention`.
+        sketch: project that to so many random dimensions first; None = no projection.
         renew: take landmarks anew at `every` layer, every so many, or `never`.
         guarantee: token classes that are landmarks; see `LandmarkAttention`.
         exclude: token classes that are never landmarks.
@@ -35,6 +40,12 @@ class FastNystromAttention(LandmarkAttention):
         exact_cls: give CLS its exact output, which the chain knows where CLS is a landmark.
         guard: largest residual that is believed before ridge and then exact attention are taken,
             see `Guard`; None = nobody looks.
+        clusters: let landmarks stand for clusters of tokens.
+        rows: tokens whose exact outputs the values are fitted to, for each landmark; 1 = the
+            landmarks themselves. More of them fit better, and cost a thin attention each.
+
+    Raises:
+        ValueError: a setting is out of range, or `rows` needs another solver.
     """
 
     def __init__(
@@ -43,13 +54,16 @@ class FastNystromAttention(LandmarkAttention):
         num_landmarks: Counts = 64,
         landmarks: LandmarkSampler | None = None,
         solver: Solver | None = None,
-        source: str = "normed",
+        source: str = "k",
+        sketch: int | None = 64,
         renew: int | str = 1,
         guarantee: Sequence[str] = ("cls",),
         exclude: Sequence[str] = (),
         per_head: bool = False,
         exact_cls: bool = True,
         guard: float | None = None,
+        clusters: bool = True,
+        rows: int = 1,
     ) -> None:
         super().__init__(
             landmarks=landmarks or GridFarthestPointLandmarks(),
@@ -60,9 +74,28 @@ class FastNystromAttention(LandmarkAttention):
             exclude=exclude,
             per_head=per_head,
         )
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+            raise ValueError(f"attn.rows={rows!r}: expected an integer >= 1.")
+        if sketch is not None and (not isinstance(sketch, int) or sketch < 1):
+            raise ValueError(f"attn.sketch={sketch!r}: expected an integer >= 1, or null.")
+        if rows > 1 and not clusters:
+            raise ValueError(f"attn.rows={rows}: expected 1 with attn.clusters=false.")
         self.solver = solver or RidgeSolver()
+        if rows > 1 and self.solver.square:
+            raise ValueError(
+                f"attn.rows={rows}: expected 1 with a solver that inverts square matrices alone; "
+                "use attn/solver=ridge."
+            )
+        self.sketch = sketch
         self.exact_cls = exact_cls
         self.guard = None if guard is None else Guard(guard)
+        self.clusters = clusters
+        self.rows = rows
+
+    def width(self, channels: int) -> int:
+        """Channels of what is sampled, for so many of the host (or of its heads)."""
+        width = super().width(channels)
+        return min(width, self.sketch or width)
 
     def attend(
         self,
@@ -74,16 +107,69 @@ class FastNystromAttention(LandmarkAttention):
         keys: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        """See `ops.nystrom_attention`."""
+        """See `ops.clustered_attention` and `ops.nystrom_attention`."""
         more: dict[str, Any] = {"scale": context.scale, "solver": self.solver}
-        more |= {"keys": keys, "bias": bias, "distinct": not self.may_repeat}
+        more |= {"keys": keys, "bias": bias, "distinct": self._distinct(keys, context)}
         more["exact_rows"] = int(self.exact_cls and "cls" in self.guarantee and context.has_cls)
-        landmarks = self.choose(q, k, keys, context)
+        points = self._points(q, k, context)
+        sampled = None if self.landmarks.reads == "attention" else points
+        landmarks = self.choose(q, k, keys, context, sampled)
+        attention = ops.nystrom_attention
+        if self.clusters:
+            attention = ops.clustered_attention
+            more["members"] = self._members(points, landmarks, keys, context)
+            more["more_rows"] = self._more_rows(landmarks, keys, q.shape[2])
         if self.guard is None:
-            return ops.nystrom_attention(q, k, v, landmarks, **more)
-        return self.guard.nystrom_attention(q, k, v, landmarks, layer=context.layer, **more)
+            return attention(q, k, v, landmarks, **more)
+        return self.guard.attention(attention, q, k, v, landmarks, layer=context.layer, **more)
+
+    def _points(self, q: Tensor, k: Tensor, context: Context) -> Tensor:
+        """What is sampled and clustered, in a sketch: `[b n c]`, or per head `[b*h n c]`."""
+        points = source_points(self.source, q, k, context, per_head=self.per_head)
+        if self.sketch is None or self.sketch >= points.shape[2]:
+            return points
+        return ops.sketch_points(points, self.sketch)
+
+    def _members(
+        self, points: Tensor, landmarks: Tensor, keys: Tensor | None, context: Context
+    ) -> Tensor:
+        """The landmark of each token, long `[b n]`, or per head `[b h n]`."""
+        begin = context.stopwatch.now() if context.stopwatch else 0.0
+        if self.per_head and keys is not None:
+            keys = keys.repeat_interleave(landmarks.shape[1], dim=0)
+        marks = landmarks.flatten(0, 1) if self.per_head else landmarks
+        members = ops.nearest_landmarks(points, marks, allowed=keys)
+        if self.per_head:
+            members = members.unflatten(0, landmarks.shape[:2])
+        if context.stopwatch:
+            context.stopwatch.note("selection", begin)
+        return members
+
+    def _more_rows(self, landmarks: Tensor, keys: Tensor | None, tokens: int) -> Tensor | None:
+        """Tokens at equal distances, long `[b t]`."""
+        if self.rows == 1:
+            return None
+        count = min((self.rows - 1) * landmarks.shape[-1], tokens)
+        if keys is None:
+            keys = torch.ones((len(landmarks), tokens), dtype=torch.bool, device=landmarks.device)
+        return ops.segment_centres(keys, count)
+
+    def _distinct(self, keys: Tensor | None, context: Context) -> bool:
+        """Whether no landmark can repeat among keys bool `[b n]`, as far as the host knows."""
+        if self.may_repeat or keys is None:
+            return not self.may_repeat
+        removal = context.removal
+        # Under `torch.compile` the largest number of removed tokens is not known.
+        if removal is None or context.attn_mask is not None or torch.compiler.is_compiling():
+            return False
+        left = keys.shape[1] - removal.rows.shape[1] - len(prefix_tokens(self.exclude, context))
+        return left >= self.landmarks_at(context.layer, context.nth)
 
     def layer_flops(self, tokens: int, heads: int, head_dim: int) -> int:
         """FLOPs of the attention of one picture at one layer, without selection."""
         solver = self.solver.formula
-        return ops.nystrom_flops(tokens, heads, head_dim, self.num_landmarks, solver=solver)
+        if not self.clusters:
+            return ops.nystrom_flops(tokens, heads, head_dim, self.num_landmarks, solver=solver)
+        return ops.clustered_flops(
+            tokens, heads, head_dim, self.num_landmarks, rows=self.rows, sketch=self.sketch
+        )

@@ -50,6 +50,8 @@ class PublishedFastNystromAttention(FastNystromAttention):
             guarantee=guarantee,
             exclude=exclude,
             per_head=per_head,
+            sketch=None,
             exact_cls=False,
+            clusters=False,
             guard=guard,
         )

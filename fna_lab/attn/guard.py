@@ -44,8 +44,9 @@ class Guard:
         self.probes = probes
         self.counts: dict[int, Tensor] = {}
 
-    def nystrom_attention(
+    def attention(
         self,
+        attend: Callable[..., Tensor],
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -56,12 +57,16 @@ class Guard:
         solver: Solver,
         keys: Tensor | None = None,
         bias: Tensor | None = None,
-        distinct: bool = True,
+        distinct: bool | None = None,
         exact_rows: int = 0,
+        members: Tensor | None = None,
+        more_rows: Tensor | None = None,
     ) -> Tensor:
-        """`ops.nystrom_attention`, with what is worthless replaced: `[b h n d]` x3 -> `[b h n d]`.
+        """`attend`, with what is worthless replaced: `[b h n d]` x3 -> `[b h n d]`.
 
         Args:
+            attend: `ops.nystrom_attention`, or `ops.clustered_attention`. The latter solves for
+                a correction alone, so that the error at other queries is all that counts.
             q: queries `[b h n d]`.
             k: keys `[b h n d]`.
             v: values `[b h n d]`.
@@ -71,8 +76,10 @@ class Guard:
             solver: the chosen one.
             keys: bool `[b n]`, True = may be attended to; None = all.
             bias: added to the logits, broadcastable to `[b h n n]`; None = nothing.
-            distinct: False where landmarks may repeat though `keys` is None.
+            distinct: whether no landmark repeats; None = as without `keys`, see `ops`.
             exact_rows: give so many of the first landmarks their exact outputs.
+            members: the landmark of each token, for clusters.
+            more_rows: further tokens to fit, for clusters.
         """
         batch, heads = q.shape[:2]
 
@@ -81,10 +88,11 @@ class Guard:
 
             def watched(kernel: Tensor, values: Tensor) -> Tensor:
                 solution = solve(kernel, values)
-                noted.append(ops.solve_residual(kernel, solution, values))
+                if members is None:
+                    noted.append(ops.solve_residual(kernel, solution, values))
                 return solution
 
-            out = ops.nystrom_attention(
+            out = attend(
                 parts.q,
                 parts.k,
                 parts.v,
@@ -95,14 +103,16 @@ class Guard:
                 bias=parts.bias,
                 distinct=distinct,
                 exact_rows=exact_rows,
+                **parts.clusters,
             )
             step = max(1, out.shape[2] // self.probes)
             rows = slice(step // 2, None, step)
             right = parts.exact(scale, rows)
             found = ops.relative_error(out[:, :, rows], right).nan_to_num(torch.inf, torch.inf)
-            return out, torch.maximum(noted[0], found)
+            return out, torch.maximum(noted[0], found) if noted else found
 
-        everything = _Heads(q, k, v, landmarks, keys, bias)
+        clusters = {"members": members, "more_rows": more_rows} if members is not None else {}
+        everything = _Heads(q, k, v, landmarks, keys, bias, clusters)
         out, residual = attempt(everything, solver)
         bad = residual > self.threshold  # [b h]
         counts = torch.tensor([batch * heads, 0, 0])
@@ -136,10 +146,12 @@ class _Heads:
         landmarks: Tensor,
         keys: Tensor | None,
         bias: Tensor | None,
+        clusters: dict[str, Tensor | None],
     ) -> None:
         self.q, self.k, self.v = q, k, v
         self.landmarks = landmarks
         self.keys = keys
+        self.clusters = clusters
         self.bias = None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
 
     def only(self, which: Tensor) -> _Heads:
@@ -148,9 +160,16 @@ class _Heads:
         q, k, v = (x[which][:, None] for x in (self.q, self.k, self.v))
         keys = None if self.keys is None else self.keys[picture]
         bias = None if self.bias is None else self.bias[which][:, None]
-        landmarks = self.landmarks
-        marks = landmarks[picture] if landmarks.ndim == 2 else landmarks[which][:, None]
-        return _Heads(q, k, v, marks, keys, bias)
+
+        def part(found: Tensor | None) -> Tensor | None:
+            if found is None:
+                return None
+            return found[picture] if found.ndim == 2 else found[which][:, None]
+
+        marks = part(self.landmarks)
+        assert marks is not None
+        clusters = {name: part(found) for name, found in self.clusters.items()}
+        return _Heads(q, k, v, marks, keys, bias, clusters)
 
     def exact(self, scale: float, rows: slice = slice(None)) -> Tensor:
         """Exact attention of some queries: `[b h rows d]`."""

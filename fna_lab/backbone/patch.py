@@ -7,18 +7,16 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fna_lab import ops
 from fna_lab.attn.base import AttentionVariant, Context, Removal
 from fna_lab.attn.layers import parse_layers
 from fna_lab.attn.stopwatch import Stopwatch
+from fna_lab.backbone.adjust import Adjuster
 from fna_lab.backbone.blocks import find_blocks, find_patch_embedding, says_cls, says_prefix
 from fna_lab.backbone.named import resolve
 from fna_lab.backbone.neurons import NeuronTap
-from fna_lab.backbone.parts import out_projection
 from fna_lab.backbone.seam import (
     AttentionSeam,
     Changed,
@@ -150,7 +148,7 @@ class Patch:
         self._finder = Finder(blocks, self._seam, self._prefix, self._has_cls)
         self._pass = Pass()
         self._input: Tensor | None = None
-        self._correction: Tensor | None = None
+        self._adjuster = Adjuster(mask, blocks, mask_layers)
         self._hooks: list[RemovableHandle] = []
         self._install()
 
@@ -261,11 +259,7 @@ class Patch:
         self._hooks += self.attn.hooks(
             self.blocks, self.attn_layers, enabled=lambda: self.enabled, prefix=self._prefix
         )
-        if self.mask.corrects:
-            for layer in self.mask_layers:
-                projection = out_projection(self.blocks[layer])
-                correct = lambda module, args, out: self._correct(out)  # noqa: E731, ARG005
-                self._hooks.append(projection.register_forward_hook(correct))
+        self._hooks += self._adjuster.hooks()
         for layer in sorted(self._touched):
             block = self.blocks[layer]
             enter = EnterSeam(self._seam(layer), partial(self._before, layer), self)
@@ -275,15 +269,8 @@ class Patch:
 
     def _seam(self, layer: int, again: Again | None = None) -> AttentionSeam:
         attend = partial(self._attend, layer, again=again)
-        after = self._correct if self.mask.corrects else None
+        after = self._adjuster.after if self.mask.corrects else None
         return AttentionSeam(attend, f"{self._path}.{layer}", after)
-
-    def _correct(self, out: Tensor) -> Tensor:
-        """The projected output of attention, `[b n c]` or tokens first, with what a mask adds."""
-        more, self._correction = self._correction, None
-        if more is None:
-            return out
-        return out + (more if out.shape == more.shape else more.transpose(0, 1))
 
     def _begin(self, module: nn.Module, args: Any, output: Tensor) -> None:  # noqa: ARG002
         rows, columns = output.shape[-2:]
@@ -358,8 +345,9 @@ class Patch:
             stopwatch=self.stopwatch if again is None else None,
             classes={c: self._class(c) for c in variant.token_classes},
         )
-        if again is None and layer in self.mask_layers:
-            self._adjust(context, q, k, v)
+        if again is None and layer in self.mask_layers and self._adjuster.works:
+            found = self._known("mask", layer).tokens if self.mask.looks else None
+            self._adjuster.before(context, q, k, v, found)
         if self.observer is not None and again is None:
             self.observer(q, k, v, context)
         if self.meter is not None and again is None and variant is self.attn:
@@ -370,22 +358,6 @@ class Patch:
         out = variant(q, k, v, context)
         context.stopwatch.note("attention", begin)
         return out
-
-    def _adjust(self, context: Context, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Let a strategy that changes weights or output have its way."""
-        if not (self.mask.reweighs or self.mask.corrects):
-            return
-        tokens = q.new_zeros((q.shape[0], q.shape[2]), dtype=torch.bool)
-        if self.mask.looks:
-            tokens = self._known("mask", context.layer).tokens
-        if self.mask.reweighs:
-            prefix = context.num_prefix_tokens
-            context.reweigh = partial(self.mask.reweigh, tokens=tokens, num_prefix_tokens=prefix)
-        if self.mask.corrects:
-            weights = ops.attention_pattern(q, k, scale=context.scale, bias=context.attn_mask)
-            projection = out_projection(self.blocks[context.layer])
-            args = (context.x, v, projection.weight, tokens)
-            self._correction = self.mask.correct(weights, *args).to(v.dtype)
 
     def _removal(self, layer: int) -> Removal | None:
         if layer not in self.mask_layers or self.mask.pattern is None:

@@ -314,7 +314,7 @@ def plan_searches(
         again = next((r for r in (mask.restart, restart) if r is not None), min(usual, seen))
         parse_layers(seen, depth, setting="mask.detect")
         parse_layers(again, depth, setting="mask.restart")
-        iterative = mask.rounds > 1
+        iterative = mask.rounds > 1 and mask.pattern is not None
         if again > seen:
             raise ValueError(
                 f"mask.restart={again}: expected a block up to mask.detect={seen}, so that what "

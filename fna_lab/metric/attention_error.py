@@ -108,8 +108,9 @@ def attention_facts(
         Each `[b h]`, float64, NaN where a picture has no such token. `<fact>/<class>`:
         `relative_error`, `cosine` (mean over tokens) of the outputs; `row_sum`, `row_sum_gap`
         (mean |sum - exact sum|), `negative_share`, `negative_mass` of the weights that the variant
-        implies, see `ops.weight_facts`. Where it inverts a landmark kernel A: `log10_condition`,
-        `inverse_residual` ||I - A Z|| / ||I||, `solve_residual` ||A X - B|| / ||B||.
+        implies, see `ops.weight_facts`. Where it inverts a square landmark kernel:
+        `log10_condition`, `inverse_residual` ||I - A Z|| / ||I||, `solve_residual`
+        ||A X - B|| / ||B||.
     """
 
     def run(variant: AttentionVariant, values: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ def attention_facts(
     for name, tokens in classes_of(context, attn.num_extra_tokens).items():
         facts[f"relative_error/{name}"] = ops.relative_error(out, wanted, tokens)
         facts |= {f"{fact}/{name}": ops.mean_of_tokens(row, tokens) for fact, row in rows.items()}
-    if kernel is not None:
+    if kernel is not None and kernel[0].shape[-1] == kernel[0].shape[-2]:
         matrix, values, solution, solve = kernel
         facts["log10_condition"] = ops.condition_number(matrix).log10()
         facts["inverse_residual"] = ops.inverse_residual(matrix, solve)

@@ -31,11 +31,14 @@ from fna_lab.ops.choices import (
     segment_centres,
     spread_queries,
 )
+from fna_lab.ops.clustered import cluster_means, clustered_attention, nearest_landmarks
 from fna_lab.ops.cost import (
     attention_flops,
     break_even_tokens,
+    clustered_flops,
     farthest_points_flops,
     nystrom_flops,
+    spread_points_flops,
     subset_flops,
 )
 from fna_lab.ops.detectors import (
@@ -76,8 +79,9 @@ from fna_lab.ops.patterns import (
     removed_pairs,
     restore_own_rows,
     token_rows,
+    zero_rows,
 )
-from fna_lab.ops.points import farthest_points
+from fna_lab.ops.points import farthest_points, sketch_points
 from fna_lab.ops.random_features import orthogonal_features, performer_attention
 from fna_lab.ops.register_neurons import (
     register_neuron_scores,
@@ -96,6 +100,7 @@ from fna_lab.ops.sinks import (
     standard_scores,
 )
 from fna_lab.ops.solvers import newton_schulz, ridge_solve
+from fna_lab.ops.spread import sketch_points, spread_points
 from fna_lab.ops.strategies import (
     CORRECTIONS,
     REPLACEMENTS,
@@ -131,7 +136,10 @@ __all__ = [
     "class_suppression",
     "cls_proxy",
     "cls_row",
+    "cluster_means",
     "cluster_medoids",
+    "clustered_attention",
+    "clustered_flops",
     "condition_number",
     "defect_direction",
     "drawn_attention",
@@ -152,6 +160,7 @@ __all__ = [
     "matching_places",
     "mean_of_tokens",
     "merge_tokens",
+    "nearest_landmarks",
     "newton_schulz",
     "norm_fixed",
     "norm_gap",
@@ -185,7 +194,10 @@ __all__ = [
     "set_agreement",
     "set_counts",
     "sink_rate",
+    "sketch_points",
     "solve_residual",
+    "spread_points",
+    "spread_points_flops",
     "spread_queries",
     "standard_scores",
     "strongest_activation",
@@ -198,4 +210,5 @@ __all__ = [
     "top_register_neurons",
     "unmerge_tokens",
     "weight_facts",
+    "zero_rows",
 ]

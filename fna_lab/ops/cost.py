@@ -45,10 +45,44 @@ def nystrom_flops(
     return thin + kernel + heads * solve[solver]
 
 
+def clustered_flops(
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    landmarks: int,
+    *,
+    rows: int = 1,
+    sketch: int | None = None,
+) -> int:
+    """Attention to clusters of one picture: a thin attention, `rows` more, means, a ridge solve.
+
+    `sketch` is the number of dimensions in which tokens seek their landmark; None = all.
+    """
+    _positive(tokens=tokens, heads=heads, head_dim=head_dim, landmarks=landmarks, rows=rows)
+    channels = heads * head_dim
+    thin = subset_flops(tokens, heads, head_dim, landmarks)
+    dims = min(sketch or channels, channels)
+    seek = 2 * tokens * landmarks * dims + (2 * tokens * channels * dims if dims < channels else 0)
+    means = tokens * channels  # sums; a product, where that is faster, counts as no more
+    kernel = 2 * heads * rows * landmarks**2 * 2 * head_dim  # A and A Vp
+    # A'A, Cholesky (m^3 / 3), A'B and two triangular solves.
+    cube = 2 * rows * landmarks**3 + landmarks**3 // 3
+    solve = heads * (cube + 2 * (rows + 1) * landmarks**2 * head_dim)
+    return (1 + rows) * thin + seek + means + kernel + solve
+
+
 def farthest_points_flops(tokens: int, channels: int, landmarks: int) -> int:
     """Farthest point sampling of one picture: a difference, a square and a sum a channel."""
     _positive(tokens=tokens, channels=channels, landmarks=landmarks)
     return 3 * tokens * channels * landmarks
+
+
+def spread_points_flops(tokens: int, channels: int, landmarks: int, sketch: int | None) -> int:
+    """`spread_points` of one picture: the projection, and one product a landmark."""
+    _positive(tokens=tokens, channels=channels, landmarks=landmarks)
+    if sketch is None or sketch >= channels:
+        return 2 * tokens * channels * landmarks
+    return 2 * tokens * sketch * (channels + landmarks)
 
 
 def break_even_tokens(

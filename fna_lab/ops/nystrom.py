@@ -28,7 +28,7 @@ def nystrom_attention(
     ridge: float = 1e-3,
     keys: Tensor | None = None,
     bias: Tensor | None = None,
-    distinct: bool = True,
+    distinct: bool | None = None,
     exact_rows: int = 0,
 ) -> Tensor:
     """Attention that is linear in n: softmax(s Q Kp') Z(A) softmax(s Qp K') V.
@@ -48,8 +48,8 @@ def nystrom_attention(
         ridge: regularisation of `ridge`.
         keys: bool `[b n]`, True = may be attended to; None = all. Landmarks must be such keys.
         bias: added to the logits, broadcastable to `[b h n n]`; None = nothing.
-        distinct: False where landmarks may repeat; a repeat then does not weigh twice. With `keys`
-            they always may.
+        distinct: False where landmarks may repeat; a repeat then does not weigh twice. None = they
+            may with `keys`, where few are kept, and not without.
         exact_rows: give so many of the first landmarks their exact outputs, softmax(s Qp K') V,
             which the chain has taken on its way anyhow.
 
@@ -81,7 +81,7 @@ def nystrom_attention(
     repeated = None
     if keys is not None:
         rows = only_keys(keys, rows)
-    if keys is not None or not distinct:
+    if not (keys is None if distinct is None else distinct):
         # Fewer kept keys than landmarks: the repeats must neither weigh twice nor make A singular.
         repeated = repeated_landmarks(landmarks)
         columns = only_keys(~repeated, columns)
@@ -124,8 +124,11 @@ def nystrom_chain(
     columns: Tensor | None = None,
     corner: Tensor | None = None,
     dead: Tensor | None = None,
+    prior: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The three products of Nystroem attention, for landmarks given as vectors.
+
+    There may be more landmark queries than landmark keys (r > m), if `solve` takes such an A.
 
     On CUDA Triton kernels take the two long ones, see `fna_lab.ops.kernels.switch`; the
     environment variable `FNA_LAB_TRITON=0` keeps to torch. A and Z(A) are torch's, in at least
@@ -135,18 +138,19 @@ def nystrom_chain(
         q: queries `[b h n d]`.
         k: keys `[b h n d]`.
         v: values `[b h n d]`.
-        q_marks: landmark queries `[b h m d]`.
+        q_marks: landmark queries `[b h r d]`, r >= m.
         k_marks: landmark keys `[b h m d]`.
-        solve: (A `[b h m m]`, B `[b h m d]`) -> Z(A) B.
+        solve: (A `[b h r m]`, B `[b h r d]`) -> Z(A) B.
         scale: factor of the logits.
-        rows: `attn_mask` of landmark queries x keys, broadcastable to `[b h m n]`.
+        rows: `attn_mask` of landmark queries x keys, broadcastable to `[b h r n]`.
         columns: `attn_mask` of queries x landmark keys, broadcastable to `[b h n m]`.
-        corner: added to the logits of A, broadcastable to `[b h m m]`.
+        corner: added to the logits of A, broadcastable to `[b h r m]`.
         dead: landmarks that stand for nothing, bool `[b m]` or `[b h m]`; `columns` must leave
             them out too.
+        prior: values P `[b h m d]` that the solution departs from: P + Z(A) (B - A P).
 
     Returns:
-        The approximation `[b h n d]`, and the exact rows of the landmark queries `[b h m d]`.
+        The approximation `[b h n d]`, and the exact rows of the landmark queries `[b h r d]`.
     """
     gather, spread = chain_products(q, k, v, q_marks, k_marks, rows=rows, columns=columns)
     exact = gather(q_marks, k, v, attn_mask=rows, scale=scale)
@@ -159,11 +163,18 @@ def nystrom_chain(
             dead = each_head(dead)
             logits = logits.masked_fill(dead[:, :, None], -torch.inf)
             alone = torch.full_like(logits[0, 0], -torch.inf).fill_diagonal_(0)
-            logits = torch.where(dead[..., None], alone, logits)
-            gathered = gathered.masked_fill(dead[..., None], 0)
+            gone = F.pad(dead, (0, logits.shape[2] - dead.shape[2]))[..., None]
+            logits = torch.where(gone, alone, logits)
+            gathered = gathered.masked_fill(gone, 0)
         # Solvers may return columns side by side, which the fused kernel reads at a third of its
         # speed.
-        solved = solve(logits.softmax(-1), gathered).to(v.dtype).contiguous()
+        kernel = logits.softmax(-1)
+        if prior is None:
+            solved = solve(kernel, gathered)
+        else:
+            prior = prior.to(wide)
+            solved = prior + solve(kernel, gathered - kernel @ prior)
+        solved = solved.to(v.dtype).contiguous()
     return spread(q, k_marks, solved, attn_mask=columns, scale=scale), exact
 
 

@@ -125,14 +125,11 @@ def masked_attention(
         return _dense(q, k, v, removed_pairs(tokens, pattern), stage, scale, bias)
     keys = None
     if stage == "sink":
-        kept = v.masked_fill(tokens[:, None, :, None], 0)
+        kept = zero_rows(v, tokens, rows)
         out = F.scaled_dot_product_attention(q, k, kept, attn_mask=bias, scale=scale)
     else:
         keys = ~tokens
-        keep = keys[:, None, None]
-        mask = keep if bias is None else bias.masked_fill(~keep, -torch.inf)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        out = out.masked_fill(~keys.any(1)[:, None, None, None], 0)
+        out = _without_keys(q, k, v, keys, scale, bias, rows)
     if pattern == "type1":
         return out
     index, valid = token_rows(tokens) if rows is None else rows
@@ -161,6 +158,45 @@ def token_rows(tokens: Tensor) -> tuple[Tensor, Tensor]:
     # Stable: the tokens of T in ascending order first, then padding.
     order = (~tokens).int().sort(dim=1, stable=True).indices[:, :largest]
     return order, tokens.gather(1, order)
+
+
+def zero_rows(x: Tensor, tokens: Tensor, rows: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """A copy of `[b h n d]` in which the tokens of T, bool `[b n]`, are zero.
+
+    `rows` is `token_rows(tokens)`: with it only those rows are touched again after the copy.
+    """
+    if rows is None:
+        return x.masked_fill(tokens[:, None, :, None], 0)
+    index, valid = rows
+    index = index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    fill = x.gather(2, index).masked_fill(valid[:, None, :, None], 0)
+    return x.clone().scatter_(2, index, fill)
+
+
+def _without_keys(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    rows: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Attention to kept keys, bool `[b n]`, alone; zeros where none is kept."""
+    # Under `torch.compile` the largest number of removed tokens is not known.
+    known = rows is not None and not torch.compiler.is_compiling()
+    few = known and rows is not None and rows[0].shape[1] < k.shape[2]
+    if rows is not None and few and len(keys) == 1 and bias is None:
+        # One picture: the kept keys are so many, and without a mask the kernel is faster.
+        kept = (~keys[0]).int().argsort(stable=True)[: k.shape[2] - rows[0].shape[1]]
+        k, v = k.index_select(2, kept), v.index_select(2, kept)
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    keep = keys[:, None, None]
+    mask = keep if bias is None else bias.masked_fill(~keep, -torch.inf)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    if few:
+        return out
+    return out.masked_fill(~keys.any(1)[:, None, None, None], 0)
 
 
 def restore_own_rows(
@@ -204,22 +240,32 @@ def restore_own_rows(
         return out
     index = rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[-1])
     own_q, own_v = q.gather(2, index), v.gather(2, index)
-    logits = scale * (own_q.float() @ k.float().mT) if _half(q) else scale * (own_q @ k.mT)
+    wanted = (*own_q.shape[:3], k.shape[2])
     if bias is not None:
-        full = bias.expand(*q.shape[:3], k.shape[2])
-        logits = logits + full.gather(2, rows[:, None, :, None].expand_as(logits))
-    diagonal = rows[:, None, :, None].expand(-1, q.shape[1], -1, 1)
-    own = logits.gather(3, diagonal)
+        bias = bias.expand(*q.shape[:3], k.shape[2])
+        bias = bias.gather(2, rows[:, None, :, None].expand(wanted))
+    kept = None
     if keys is not None:
-        logits = logits.masked_fill(~keys[:, None, None], -torch.inf)
+        kept = keys[:, None, None].expand(-1, 1, rows.shape[1], -1)
     if stage == "mask":
-        weights = logits.scatter(3, diagonal, own).softmax(-1).to(v.dtype)
-        exact = weights @ v
+        mask = bias
+        if kept is not None:
+            kept = kept.scatter(3, rows[:, None, :, None], True)  # themselves
+            mask = kept if bias is None else bias.masked_fill(~kept, -torch.inf)
+        exact = F.scaled_dot_product_attention(own_q, k, v, attn_mask=mask, scale=scale)
     else:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        logits = scale * (own_q.to(wide) @ k.to(wide).mT)
+        logits = logits if bias is None else logits + bias
+        own = logits.gather(3, rows[:, None, :, None].expand(-1, q.shape[1], -1, 1))
+        if kept is not None:
+            logits = logits.masked_fill(~kept, -torch.inf)
         weight = (own - logits.logsumexp(-1, keepdim=True)).exp().to(v.dtype)
         exact = out.gather(2, index) + weight * own_v
     exact = torch.where(valid[:, None, :, None], exact, out.gather(2, index))
-    return out.scatter(2, index, exact)
+    if out.requires_grad:  # the fused kernel keeps its output for the backward pass
+        return out.scatter(2, index, exact)
+    return out.scatter_(2, index, exact)
 
 
 def _dense(

@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 
+def check_matrix(kernel: Tensor) -> None:
+    """Raise unless `kernel` is a floating tensor of matrices."""
+    if not isinstance(kernel, Tensor) or not kernel.is_floating_point():
+        raise TypeError("Expected kernel to be a floating tensor [... r m].")
+    if kernel.ndim < 2:
+        raise ValueError(f"Expected kernel to have shape [... r m], got {tuple(kernel.shape)}.")
+
+
 def check_square(kernel: Tensor) -> None:
     """Raise unless `kernel` is a floating tensor of square matrices."""
     if not isinstance(kernel, Tensor) or not kernel.is_floating_point():
@@ -48,8 +56,8 @@ def ridge_solve(kernel: Tensor, values: Tensor, ridge: float = 1e-3) -> Tensor:
     """Apply the ridge inverse without forming it: (A'A + ridge I)^-1 A' B.
 
     Args:
-        kernel: A `[... m m]`.
-        values: B `[... m d]`.
+        kernel: A `[... r m]`; with r > m this is a fit by least squares.
+        values: B `[... r d]`.
         ridge: regularisation lambda > 0, in the units of A squared.
 
     Returns:
@@ -57,13 +65,14 @@ def ridge_solve(kernel: Tensor, values: Tensor, ridge: float = 1e-3) -> Tensor:
 
     Raises:
         TypeError: `kernel` is not a floating tensor.
-        ValueError: `kernel` is not square, or `ridge` is not positive.
+        ValueError: `kernel` is no matrix, or `ridge` is not positive.
     """
-    check_square(kernel)
+    check_matrix(kernel)
     if not ridge > 0:
         raise ValueError(f"Expected ridge to be > 0, got {ridge!r}.")
     gram = kernel.mT @ kernel
-    gram = gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
     # cholesky_ex does not synchronise with the host; the ridge keeps the matrix definite.
     factor = torch.linalg.cholesky_ex(gram).L
-    return torch.cholesky_solve(kernel.mT @ values, factor)
+    # As close as `cholesky_solve`, and takes less time for a batch of small matrices.
+    return torch.cholesky_inverse(factor) @ (kernel.mT @ values)

@@ -53,6 +53,13 @@ class LandmarkSampler(ABC):
             Token indices, long `[b m]`.
         """
 
+    def normed(self, x: Tensor) -> Tensor:
+        """What `points` is where `source=normed`: layer-normed tokens `[b n c]` -> `[b n c]`.
+
+        A sampler that sees a projection alone may return that, and saves the copy.
+        """
+        return F.layer_norm(x, x.shape[-1:])
+
     def drawn(
         self,
         q: Tensor,
@@ -147,13 +154,20 @@ def sampled_points(
             grid=context.grid,
         )
         return (drawn.flatten(0, 1) if per_head else drawn.mean(1))[..., None]
+    return source_points(source, q, k, context, per_head=per_head)
+
+
+def source_points(
+    source: str, q: Tensor, k: Tensor, context: Context, *, per_head: bool = False
+) -> Tensor:
+    """The `source` alone, for tokens of `[b h n d]`: `[b n c]`, or per head `[b*h n c]`."""
     if source == "input":
         return context.x
     if source == "normed":
-        return F.layer_norm(context.x, context.x.shape[-1:])
+        return sampler.normed(context.x)
     if per_head:
         both = {"q": q, "k": k}.get(source)
         return (torch.cat([q, k], dim=-1) if both is None else both).flatten(0, 1)
     if source == "qk":
         return torch.cat([q, k], dim=1).transpose(1, 2).flatten(2)
-    return (q if source == "q" else k).mean(1)
+    return (q if source == "q" else k).transpose(1, 2).flatten(2)

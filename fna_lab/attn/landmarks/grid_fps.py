@@ -50,16 +50,22 @@ class GridFarthestPointLandmarks(LandmarkSampler):
             grid=grid,
             instead="fps",
         )
-        return ops.farthest_points(
+        return ops.spread_points(
             points,
             num,
             first=first,
             allowed=allowed,
             sketch=self.sketch,
             repeats=guaranteed.shape[1],  # a guaranteed token may lie on a cell of the grid
-            gram=True,
+            block=32,  # the grid covers the picture already: few rounds cost no fidelity
         )
+
+    def normed(self, x: Tensor) -> Tensor:
+        """The random projection of layer-normed tokens."""
+        if self.sketch is None or self.sketch >= x.shape[-1]:
+            return super().normed(x)
+        return ops.sketch_points(x, self.sketch, normed=True)
 
     def flops(self, tokens: int, channels: int, num: int) -> int:
         """FLOPs of the farthest points of one picture."""
-        return ops.farthest_points_flops(tokens, min(channels, self.sketch or channels), num)
+        return ops.spread_points_flops(tokens, channels, num, self.sketch)

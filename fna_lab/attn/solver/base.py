@@ -12,10 +12,12 @@ class Solver(ABC):
 
     Attributes:
         formula: the name under which `ops.nystrom_flops` knows its cost.
+        square: whether it needs as many rows as columns.
     """
 
     formula: str
+    square: bool = False
 
     @abstractmethod
     def __call__(self, kernel: Tensor, values: Tensor) -> Tensor:
-        """Z(A) B: kernel A `[b h m m]`, values B `[b h m d]` -> `[b h m d]`."""
+        """Z(A) B: kernel A `[b h r m]`, values B `[b h r d]` -> `[b h m d]`."""

@@ -26,5 +26,5 @@ class LeastSquaresSolver(Solver):
         self.tolerance = tolerance
 
     def __call__(self, kernel: Tensor, values: Tensor) -> Tensor:
-        """Z(A) B: `[b h m m]`, `[b h m d]` -> `[b h m d]`."""
+        """Z(A) B: `[b h r m]`, `[b h r d]` -> `[b h m d]`."""
         return torch.linalg.pinv(kernel, rtol=self.tolerance) @ values

@@ -19,6 +19,7 @@ class NewtonSchulzSolver(Solver):
     """
 
     formula = "newton_schulz"
+    square = True
 
     def __init__(self, *, iters: int = 6) -> None:
         if not isinstance(iters, int) or iters < 0:

@@ -26,5 +26,5 @@ class RidgeSolver(Solver):
         self.ridge = ridge
 
     def __call__(self, kernel: Tensor, values: Tensor) -> Tensor:
-        """Z(A) B: `[b h m m]`, `[b h m d]` -> `[b h m d]`."""
+        """Z(A) B: `[b h r m]`, `[b h r d]` -> `[b h m d]`."""
         return ops.ridge_solve(kernel, values, self.ridge)

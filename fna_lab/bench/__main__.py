@@ -1,0 +1,92 @@
+"""How fast every variant is against the fused exact kernel, in one interleaved run.
+
+    python -m fna_lab.bench                           # attention alone, 197 to 16,385 tokens
+    python -m fna_lab.bench --masks --variants exact fna     # what the cheap forms of masks cost
+    python -m fna_lab.bench --model vit_small_patch14_dinov2 --img-size 518 1036 --layers 6-11
+    python -m fna_lab.bench --selection               # landmark samplers alone, constructed points
+    python -m fna_lab.bench --selection --model vit_small_patch14_dinov2.lvd142m --checkpoint PATH
+
+Every round runs every variant once, so that a noisy machine treats them alike; medians over
+rounds with their quartiles, selection of landmarks inside the total. Inputs are random numbers,
+the tokens that a mask takes away are random ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from fna_lab.bench.attention import MASKS, bench_attention
+from fna_lab.bench.model import bench_model
+from fna_lab.bench.selection import bench_selection
+from fna_lab.bench.table import plot, show, slopes
+from fna_lab.report.record import surroundings
+from fna_lab.report.table import make_console
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    form = argparse.RawDescriptionHelpFormatter
+    found = argparse.ArgumentParser(
+        prog="python -m fna_lab.bench", description=__doc__, formatter_class=form
+    )
+    add = found.add_argument
+    add("--variants", nargs="+", help="names of conf/attn and of public packages; or all")
+    add("--tokens", nargs="+", type=int, default=[197, 1370, 4097, 16385])
+    add("--batch", nargs="+", type=int, default=[1])
+    add("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
+    add("--heads", type=int, default=6)
+    add("--head-dim", type=int, default=64)
+    add("--landmarks", type=int, default=64)
+    add("--masks", nargs="*", default=None, choices=MASKS, help="pattern and stage; bare = all")
+    add("--masked-tokens", type=int, default=4, help="tokens that a mask takes away")
+    add("--exact-limit", type=int, default=20000, help="most tokens of exact")
+    add("--slowest", type=float, default=60, help="seconds that no call may be expected to take")
+    add("--model", help="a timm ViT: time whole forward passes instead")
+    add("--img-size", nargs="+", type=int, default=[518])
+    add("--layers", default="6-", help="blocks that are replaced, with --model")
+    add("--selection", action="store_true", help="landmark samplers alone")
+    add("--samplers", nargs="+", help="with --selection: names, or name:setting=value,...")
+    add("--checkpoint", help="weights of --model, with --selection")
+    add("--block", type=int, default=6, help="whose input is sampled, with --selection --model")
+    add("--rounds", type=int, default=15, help="most rounds of a case")
+    add("--least", type=int, default=3, help="fewest rounds of a case")
+    add("--seconds", type=float, default=10, help="time of a case, about")
+    add("--memory", action=argparse.BooleanOptionalAction, default=True)
+    add("--device", type=torch.device, default=None)
+    add("--out", type=Path, default=None, help="folder for JSON and plot")
+    return found
+
+
+def main() -> None:
+    """Read the command line, measure, show and save."""
+    args = parser().parse_args()
+    args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args.masks = () if args.masks is None else args.masks or MASKS
+    console = make_console()
+    bench = bench_model if args.model else bench_attention
+    try:
+        rows = (bench_selection if args.selection else bench)(args, console)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    if not rows:
+        sys.exit("error: nothing was measured; see the lines above.")
+    show(rows, console)
+    out = args.out or Path("outputs/bench") / time.strftime("%Y-%m-%d_%H-%M-%S")
+    out.mkdir(parents=True, exist_ok=True)
+    arguments = {key: str(value) for key, value in vars(args).items()}
+    facts = {"arguments": arguments, **surroundings(args.device), "slopes": slopes(rows)}
+    (out / "bench.json").write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
+    title = args.model or f"attention, {args.heads} heads of {args.head_dim}"
+    title = "selection" if args.selection else title
+    plot(rows, out / "bench.png", f"{title}, {args.landmarks} landmarks")
+    console.print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

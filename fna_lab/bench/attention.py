@@ -1,0 +1,230 @@
+"""One attention call of every variant on random inputs, with and without masks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+import fna_lab.attn
+from fna_lab import ops
+from fna_lab.attn.base import AttentionVariant, Context, Removal
+from fna_lab.attn.stopwatch import Stopwatch
+from fna_lab.backbone.named import named_attention
+from fna_lab.bench import packages
+from fna_lab.metric import cost
+
+VARIANTS = ("exact", "fna", "fna_paper", "subset", "nystromformer", "linformer_pool", "performer")
+MASKS = ("type1-mask", "type1-sink", "type2-mask", "type2-sink")
+
+
+class Call:
+    """One attention on fixed random inputs, with a stopwatch around it.
+
+    Args:
+        variant: what attends.
+        tokens: number of tokens, one of them CLS.
+        shape: batch, heads and head dim.
+        dtype: of the inputs.
+        device: of the inputs.
+        removal: what a mask takes away, as (pattern, stage, number of tokens); None = nothing.
+    """
+
+    def __init__(
+        self,
+        variant: AttentionVariant,
+        tokens: int,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        removal: tuple[str, str, int] | None = None,
+    ) -> None:
+        self.qkv, self.x = random_inputs(tokens, shape, dtype, device)
+        self.variant = variant
+        self.grid = nearly_square(tokens - 1)
+        self.removal = None if removal is None else self._remove(*removal)
+        self.stopwatch: Stopwatch | None = None
+
+    def _remove(self, pattern: str, stage: str, num: int) -> Removal:
+        batch, tokens, _ = self.x.shape
+        generator = torch.Generator().manual_seed(1)
+        places = torch.rand(batch, tokens - 1, generator=generator).argsort(1)
+        gone = torch.zeros(batch, tokens, dtype=torch.bool)
+        gone.scatter_(1, places[:, :num] + 1, True)  # CLS stays
+        gone = gone.to(self.x.device)
+        return Removal(gone, pattern, stage, *ops.token_rows(gone))
+
+    def __call__(self) -> Tensor:
+        """Attend once."""
+        watch = self.stopwatch
+        context = Context(
+            layer=0,
+            nth=0,
+            scale=self.qkv[0].shape[-1] ** -0.5,
+            x=self.x,
+            num_prefix_tokens=1,
+            has_cls=True,
+            grid=self.grid,
+            removal=self.removal,
+            stopwatch=watch,
+        )
+        begin = watch.now() if watch else 0.0
+        q, k, v = self.qkv
+        out = self.variant(q, k, v, context)
+        if watch:
+            watch.note("attention", begin)
+        return out
+
+
+def random_inputs(
+    tokens: int, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Queries, keys, values `[b h n d]` and a block's input `[b n c]`."""
+    batch, heads, dim = shape
+    generator = torch.Generator().manual_seed(0)
+    size = (batch, tokens, 4, heads, dim)
+    draw = torch.randn(size, generator=generator).to(device, dtype)
+    # As a host makes them: views of one projection, tokens before heads.
+    q, k, v = (draw[:, :, i].transpose(1, 2) for i in range(3))
+    return (q, k, v), draw[:, :, 3].flatten(2)
+
+
+def bench_attention(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    """Rows of one attention call, for every number of tokens, batch, dtype, variant and mask."""
+    rows: list[dict[str, Any]] = []
+    names = chosen_variants(args.variants, console)
+    cases = [(n, b, t) for t in args.dtype for b in args.batch for n in sorted(args.tokens)]
+    for tokens, batch, kind in track(cases, "attention", console=console):
+        case = {"tokens": tokens, "batch": batch, "dtype": kind}
+        runs = {}
+        for name in names:
+            seconds = _expected(rows, case, name)
+            if seconds > args.slowest or (name == "exact" and tokens > args.exact_limit):
+                continue
+            found = _calls(name, case, args)
+            try:
+                with torch.no_grad():
+                    for run, _ in found.values():
+                        run()
+            except Exception as error:  # a variant that needs more of a host than one call shows
+                console.print(f"{name} is left out at {tokens} tokens: {error}", highlight=False)
+                continue
+            runs |= found
+        rows += measure(runs, case, args)
+    return rows
+
+
+def chosen_variants(names: list[str] | None, console: Console) -> list[str]:
+    """Names of variants: those asked for, else the default ones and what is installed.
+
+    Raises:
+        ValueError: a name does not exist, or its package is not installed.
+    """
+    stems = sorted(p.stem for p in Path(fna_lab.attn.__file__).parent.glob("*.py"))
+    known = [stem for stem in stems if stem not in ("__init__", "base") and _is_variant(stem)]
+    absent = [name for name in packages.ATTENTION if not packages.installed(name)]
+    there = [name for name in packages.ATTENTION if name not in absent]
+    if names is None or names == ["all"]:
+        for name in absent:
+            console.print(f"{name} is not installed (the extra `bench` holds it)", highlight=False)
+        return [*(VARIANTS if names is None else ["exact", *(n for n in known if n != "exact")]),
+                *there]  # fmt: skip
+    for name in names:
+        if name in absent:
+            raise ValueError(f"--variants {name}: not installed; the extra `bench` holds it.")
+        if name not in (*known, *there):
+            choice = ", ".join([*known, *packages.ATTENTION])
+            raise ValueError(f"--variants {name}: there is no such variant; known: {choice}, all.")
+    return names
+
+
+def _is_variant(stem: str) -> bool:
+    """Whether a file of `fna_lab.attn` holds a variant, and no part that variants share."""
+    module = importlib.import_module(f"fna_lab.attn.{stem}")
+    own = (
+        cls for cls in vars(module).values() if getattr(cls, "__module__", "") == module.__name__
+    )
+    return any(inspect.isclass(cls) and issubclass(cls, AttentionVariant) for cls in own)
+
+
+def named_variant(name: str, landmarks: int) -> AttentionVariant:
+    """A variant with so many landmarks, where it has that setting."""
+    try:
+        return named_attention(name, num_landmarks=landmarks)
+    except ValueError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        return named_attention(name)
+
+
+def _calls(name: str, case: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Runs of one variant: without a mask, then with each; empty where it needs more tokens."""
+    shape = (case["batch"], args.heads, args.head_dim)
+    inputs = (case["tokens"], shape, getattr(torch, case["dtype"]), args.device)
+    if name in packages.ATTENTION:
+        if args.landmarks > case["tokens"]:
+            return {}
+        qkv, _ = random_inputs(*inputs)
+        return {name: (packages.nystrom_attention(qkv, args.landmarks), None)}
+    variant = named_variant(name, args.landmarks)
+    if variant.min_tokens > case["tokens"]:
+        return {}
+    calls = {name: Call(variant, *inputs)}
+    for mask in args.masks:
+        pattern, stage = mask.split("-")
+        if pattern in variant.patterns:
+            calls[f"{name} {mask}"] = Call(variant, *inputs, (pattern, stage, args.masked_tokens))
+    return {label: (call, call) for label, call in calls.items()}
+
+
+def measure(
+    runs: dict[str, tuple[Callable[[], object], Any]],
+    case: dict[str, Any],
+    args: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Rows of a case; a label of two words is a variant under a mask."""
+    with torch.no_grad():
+        times = cost.latency(
+            runs, args.device, seconds=args.seconds, rounds=args.rounds, least=args.least
+        )
+        rows = []
+        for label, (run, _) in runs.items():
+            found = times[label]
+            name, _, mask = label.partition(" ")
+            row = case | {"variant": name, "rounds": found["rounds"]}
+            row |= {"ms": 1e3 * found["total"], "selection_ms": 1e3 * found.get("selection", 0.0)}
+            row |= {"low_ms": 1e3 * found["low"], "high_ms": 1e3 * found["high"]}
+            if mask:
+                row |= {"mask": mask, "mask_cost": found["total"] / times[name]["total"] - 1}
+            if "exact" in times:
+                row["speedup"] = times["exact"]["total"] / found["total"]
+            if args.memory:
+                row["peak_mib"] = cost.peak_memory(run, args.device) / 2**20
+            rows.append(row)
+    return rows
+
+
+def _expected(rows: list[dict[str, Any]], case: dict[str, Any], name: str) -> float:
+    """Seconds of a call, should it grow with the square of tokens from the last size on."""
+    same = ("batch", "dtype")
+    known = [r for r in rows if r["variant"] == name and all(r[k] == case[k] for k in same)]
+    if not known:
+        return 0.0
+    return known[-1]["ms"] / 1e3 * (case["tokens"] / known[-1]["tokens"]) ** 2
+
+
+def nearly_square(patches: int) -> tuple[int, int]:
+    """The most nearly square grid of so many patches."""
+    rows = math.isqrt(patches)
+    while patches % rows:
+        rows -= 1
+    return rows, patches // rows

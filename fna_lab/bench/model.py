@@ -1,0 +1,73 @@
+"""Whole forward passes, beside one in which attention is free of charge."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from fna_lab.attn.base import AttentionVariant, Context
+from fna_lab.attn.layers import parse_layers
+from fna_lab.backbone.patch import Patch, patch
+from fna_lab.backbone.timm import TimmBackbone
+from fna_lab.bench import packages
+from fna_lab.bench.attention import chosen_variants, measure, named_variant
+
+
+class Free(AttentionVariant):
+    """No attention at all: values pass. What is left of a model's time is its Amdahl limit."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:  # noqa: ARG002
+        """The values themselves."""
+        return v
+
+
+def bench_model(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    """Rows of a whole forward pass; `amdahl` is the share of the limit that is reached."""
+    rows = []
+    names = [n for n in chosen_variants(args.variants, console) if n not in packages.ATTENTION]
+    names = ["exact", *(n for n in names if n != "exact")]
+    cases = [(side, b, t) for t in args.dtype for b in args.batch for side in args.img_size]
+    for side, batch, kind in track(cases, args.model, console=console):
+        backbone = TimmBackbone(name=args.model, pretrained=False, img_size=side)
+        backbone = backbone.to(args.device, getattr(torch, kind))
+        pictures = torch.randn(
+            batch, 3, side, side, device=args.device, dtype=getattr(torch, kind)
+        )
+        layers = parse_layers(args.layers, backbone.depth, setting="--layers")
+        patches: dict[str, Patch] = {}
+
+        def run(chosen: Patch, all_of: dict[str, Patch], model: Any, x: Tensor) -> None:
+            for one in all_of.values():
+                one.enabled = one is chosen
+            model(x)
+
+        for name in (*names, "free"):
+            variant = Free() if name == "free" else named_variant(name, args.landmarks)
+            if variant.min_tokens > backbone.num_tokens:
+                continue
+            added = patch(backbone.host, variant, layers=layers)
+            patches[name] = added
+            try:
+                with torch.no_grad():
+                    run(added, patches, backbone, pictures)
+            except Exception as error:  # a variant that this host or size does not suit
+                console.print(f"{name} is left out at {side} px: {error}", highlight=False)
+                patches.pop(name).remove()
+        runs: dict[str, tuple[Callable[[], object], Any]] = {
+            name: (lambda p=p, a=patches, m=backbone, x=pictures: run(p, a, m, x), p)
+            for name, p in patches.items()
+        }
+        found = measure(
+            runs,
+            {"tokens": backbone.num_tokens, "img_size": side, "batch": batch, "dtype": kind},
+            args,
+        )
+        free = next(row["ms"] for row in found if row["variant"] == "free")
+        rows += [row | {"amdahl": free / row["ms"]} for row in found]
+    return rows

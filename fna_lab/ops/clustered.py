@@ -1,0 +1,201 @@
+"""Nystroem attention whose landmarks stand for clusters of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fna_lab.ops.checks import check_bool, check_float, check_index, check_qkv, default_scale
+from fna_lab.ops.nystrom import (
+    check_landmarks,
+    each_head,
+    gather_tokens,
+    nystrom_chain,
+    only_keys,
+)
+
+
+def nearest_landmarks(
+    points: Tensor, landmarks: Tensor, *, allowed: Tensor | None = None
+) -> Tensor:
+    """The landmark that each token is nearest to, in squared Euclidean distance.
+
+    A landmark is its own, so that no cluster is empty; one that stands in the list before is none.
+
+    Args:
+        points: `[b n c]`.
+        landmarks: token indices, long `[b m]`.
+        allowed: bool `[b n]`, False = in no cluster; None = all are in one.
+
+    Returns:
+        Positions in the list of landmarks, long `[b n]`; -1 = in no cluster.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes do not fit.
+    """
+    check_float("points", points, 3, "[b n c]")
+    check_index("landmarks", landmarks, "[b m]")
+    if landmarks.shape[0] != points.shape[0]:
+        raise ValueError(
+            f"Expected landmarks [{points.shape[0]} m], got {tuple(landmarks.shape)}."
+        )
+    if allowed is not None:
+        check_bool("allowed", allowed, tuple(points.shape[:2]))
+    points = points.to(torch.promote_types(points.dtype, torch.float32))
+    marks = points.gather(1, landmarks[..., None].expand(-1, -1, points.shape[2]))
+    # |x|^2 is the same for all landmarks.
+    square = marks.square().sum(-1)[:, None]
+    members = torch.baddbmm(square, points, marks.mT, alpha=-2).argmin(2)
+    place = torch.arange(landmarks.shape[1], device=landmarks.device).expand_as(landmarks)
+    members = members.scatter_reduce(1, landmarks, place, "amin", include_self=False)
+    return members if allowed is None else members.masked_fill(~allowed, -1)
+
+
+def cluster_means(x: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Means over clusters of tokens, and how many tokens each holds.
+
+    Args:
+        x: `[b h n d]`.
+        members: the cluster of each token, long `[b n]`, or per head `[b h n]`, 0 to num - 1;
+            -1 = none.
+        num: number of clusters m.
+
+    Returns:
+        Means `[b h m d]`, zero where a cluster is empty, and sizes `[b m]`, or per head `[b h m]`.
+    """
+    if members.ndim == 3:  # heads are like pictures of one head
+        means, sizes = cluster_means(x.flatten(0, 1)[:, None], members.flatten(0, 1), num)
+        return means.view(*x.shape[:2], num, -1), sizes.view(*x.shape[:2], num)
+    batch, heads, tokens, dim = x.shape
+    rows = x.transpose(1, 2).reshape(batch, tokens, heads * dim)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    take = _bagged_means if x.device.type == "cpu" else _product_means
+    means, sizes = take(rows.to(wide), members, num)
+    means = means.to(x.dtype).reshape(batch, num, heads, dim).transpose(1, 2)
+    # Contiguous, or the rounding of products with them depends on the batch.
+    return means.contiguous(), sizes
+
+
+def _product_means(rows: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Means `[b m c]` of rows `[b n c]`, and sizes `[b m]`, by a product: alike at every run."""
+    weights = (members[:, None] == torch.arange(num, device=rows.device)[:, None]).to(rows.dtype)
+    sizes = weights.sum(2)
+    return (weights / sizes.clamp(min=1)[..., None]) @ rows, sizes
+
+
+def _bagged_means(rows: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Means `[b m c]` of rows `[b n c]`, and sizes `[b m]`: sorted, then added up side by side."""
+    batch, tokens, channels = rows.shape
+    members, order = torch.where(members < 0, num, members).sort(dim=1, stable=True)
+    names = torch.arange(num + 1, device=rows.device).expand(batch, -1).contiguous()
+    begin = torch.searchsorted(members, names)
+    first = tokens * torch.arange(batch, device=rows.device)[:, None]
+    means = F.embedding_bag(
+        (order + first).flatten(),
+        rows.reshape(batch * tokens, channels),
+        (begin + first).flatten(),
+        mode="mean",
+    )
+    return means.view(batch, num + 1, channels)[:, :num], begin.diff(dim=1).to(rows.dtype)
+
+
+def clustered_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    landmarks: Tensor,
+    members: Tensor,
+    solver: Callable[[Tensor, Tensor], Tensor],
+    *,
+    scale: float | None = None,
+    more_rows: Tensor | None = None,
+    keys: Tensor | None = None,
+    bias: Tensor | None = None,
+    distinct: bool = True,
+    exact_rows: int = 0,
+) -> Tensor:
+    """Attention to clusters of tokens, with values that fit the exact rows of the landmarks.
+
+    out = softmax(s Q C' + log w) V', with the mean key C and the size w of each cluster. V' is
+    the landmarks' own value Vp, put right where the landmarks' exact outputs say so:
+    V' = Vp + Z(A) (softmax(s Qp K') V - A Vp), A = softmax(s Qp C' + log w). With every token a
+    landmark this is exact attention, and whatever Z damps falls back to plain attention to
+    clusters instead of to zero.
+
+    Args:
+        q: queries `[b h n d]`.
+        k: keys `[b h n d]`.
+        v: values `[b h n d]`.
+        landmarks: token indices, long `[b m]`, or `[b h m]` where heads have their own.
+        members: the landmark of each token, as `nearest_landmarks` tells: long `[b n]`, or
+            `[b h n]` where heads have their own.
+        solver: (A `[b h r m]`, B `[b h r d]`) -> Z(A) B.
+        scale: factor of the logits; None = d^-1/2.
+        more_rows: tokens whose exact outputs V' must fit beside those of the landmarks, long
+            `[b t]`; then A has r = m + t rows.
+        keys: bool `[b n]`, True = may be attended to; None = all. Landmarks must be such keys, and
+            other tokens in no cluster.
+        bias: added to the logits, broadcastable to `[b h n n]`; None = nothing. A cluster has
+            that of its landmark.
+        distinct: False where landmarks may repeat though `keys` is None.
+        exact_rows: give so many of the first landmarks their exact outputs.
+
+    Returns:
+        `[b h n d]`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes do not fit.
+
+    Source: the chain of Xiong et al. 2021 (Nystroemformer); sizes in the logits as in the
+    proportional attention of Bolya et al. 2023 (ToMe).
+    """
+    check_qkv(q, k, v)
+    check_landmarks(landmarks, q)
+    if members.shape != (*landmarks.shape[:-1], k.shape[2]) or members.dtype != torch.long:
+        raise ValueError(
+            f"Expected members long {[*landmarks.shape[:-1], k.shape[2]]}, got {members.dtype} "
+            f"{tuple(members.shape)}."
+        )
+    if keys is not None:
+        check_bool("keys", keys, (q.shape[0], k.shape[2]))
+    tokens = landmarks
+    if more_rows is not None:
+        more = more_rows if landmarks.ndim == 2 else each_head(more_rows).expand(*q.shape[:2], -1)
+        tokens = torch.cat([landmarks, more], dim=-1)
+    means, sizes = cluster_means(k, members, landmarks.shape[-1])
+    sizes = each_head(sizes)
+    # A repeated landmark has no cluster: log 0 keeps everybody from it.
+    columns = corner = sizes.log()[:, :, None]
+    rows = None
+    if bias is not None:
+        bias = bias.expand(*q.shape[:3], k.shape[2])
+        rows = gather_tokens(bias, tokens)  # [b h r n]
+        columns = columns + gather_tokens(bias.mT, landmarks).mT  # [b h n m]
+        corner = gather_tokens(columns, tokens)  # [b h r m]
+    if keys is not None:
+        rows = only_keys(keys, rows)
+    out, exact = nystrom_chain(
+        q,
+        k,
+        v,
+        gather_tokens(q, tokens),
+        means,
+        solver,
+        scale=default_scale(q) if scale is None else scale,
+        rows=rows,
+        columns=columns.to(q.dtype),
+        corner=corner,
+        dead=None if keys is None and distinct else sizes == 0,
+        prior=gather_tokens(v, landmarks),
+    )
+    if not exact_rows:
+        return out
+    index = each_head(landmarks)[:, :, :exact_rows, None].expand(-1, q.shape[1], -1, q.shape[3])
+    if out.requires_grad:  # the fused kernel keeps its output for the backward pass
+        return out.scatter(2, index, exact[:, :, :exact_rows])
+    return out.scatter_(2, index, exact[:, :, :exact_rows])

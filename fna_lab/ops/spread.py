@@ -1,0 +1,208 @@
+"""Points that are spread out: nearly the farthest ones, in a few matrix products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fna_lab.ops.checks import check_bool, check_float, check_index
+from fna_lab.ops.kernels.switch import use_kernels
+
+# What stands in a list of distances for points that were taken, and that must not be.
+TAKEN, BARRED = -0.5, -1.0
+
+
+def spread_points(
+    points: Tensor,
+    num: int,
+    *,
+    first: Tensor | None = None,
+    allowed: Tensor | None = None,
+    sketch: int | None = None,
+    repeats: int | None = None,
+    block: int = 8,
+    candidates: int = 128,
+) -> Tensor:
+    """Nearly `farthest_points`, several at a time and by matrix products: fast.
+
+    A round looks at one candidate of each of many runs of neighbouring tokens, that which is
+    farthest from the points already taken; and takes the `block` candidates that lie farthest
+    both from those points and from every candidate that lies farther out. All points are then
+    measured against what the round took in one product. Distances are
+    |x|^2 - 2 x p + |p|^2: equal points are at 0 up to rounding, and ties go anywhere. Nothing is
+    copied to the host.
+
+    Args:
+        points: `[b n c]`.
+        num: how many to take, the given ones included, 1 to n.
+        first: points to take first, long `[b g]`; None = the first allowed point. One that stands
+            in it before, or is not allowed, gives way to a farthest one.
+        allowed: bool `[b n]`, False = never taken. Where fewer than `num` points are allowed,
+            picks repeat.
+        sketch: project the points to so many random dimensions first (`sketch_points`); None = as
+            they are.
+        repeats: a promise that at most so many of `first` stand in it before, which saves time
+            where `allowed` is None; None = no promise.
+        block: most points that a round takes. 1 takes the farthest point each time.
+        candidates: most candidates of a round.
+
+    Returns:
+        Indices, long `[b num]`; the given ones keep their places.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
+    """
+    check_float("points", points, 3, "[b n c]")
+    if not 1 <= block <= candidates:
+        raise ValueError(
+            f"Expected 1 <= block <= candidates, got block={block}, candidates={candidates}."
+        )
+    first = _first(points, num, first, allowed)
+    points = _reduced(points, sketch)
+    if points.dtype == torch.float32 and use_kernels(points):  # exact ones, and faster still
+        from fna_lab.ops.kernels.points import farthest_points as on_chip
+
+        return on_chip(points, num, first, allowed, repeats)
+    size, given = points.shape[1], first.shape[1]
+    spare = given - 1 if repeats is None else repeats
+    spare = min(spare if allowed is None else given, num)
+    missing = num - given + spare
+    if not missing:
+        return first
+    lost = (first[:, :, None] == first[:, None]).tril(-1).any(2) if spare else None
+    half = points.square().sum(-1).mul_(0.5)
+    out = None
+    if allowed is not None:
+        assert lost is not None  # `spare` is positive
+        lost |= ~allowed.gather(1, first)
+        out = ~allowed.gather(1, first)
+    # Half the squared distance to the nearest point taken.
+    runs = min(candidates, size)
+    length = -(-size // runs)
+    padded = half.new_full((len(half), runs * length), BARRED)
+    distance = padded[:, :size]
+    distance.copy_(_nearest(points, half, first, out).scatter_(1, first, TAKEN))
+    if allowed is not None:
+        distance.masked_fill_(~allowed, BARRED)
+    # Enough runs hold a free point, whatever was taken before.
+    plenty = allowed is None and size - num >= min(block, runs) * length
+    farther = torch.ones((runs, runs), dtype=torch.bool, device=points.device).tril_(-1)
+    rounds = -(-missing // min(block, runs))
+    picks = []
+    for i in range(rounds):
+        count = missing // rounds + int(i < missing % rounds)
+        took = _take(points, half, padded.view(len(half), runs, length), farther, count)
+        took = took if plenty else _free(distance, took)
+        picks.append(took)
+        if i + 1 < rounds:
+            closer = _nearest(points, half, took).scatter_(1, took, TAKEN)
+            torch.minimum(distance, closer, out=distance)
+    more = torch.cat(picks, dim=1)
+    if lost is None:
+        return torch.cat([first, more], dim=1)
+    # The last picks take the places of the given points that fell out.
+    place = (lost.cumsum(1) + (num - given - 1)).clamp_(min=0)
+    first = torch.where(lost, more.gather(1, place), first)
+    return torch.cat([first, more[:, : num - given]], dim=1)
+
+
+def sketch_points(points: Tensor, dims: int, *, normed: bool = False) -> Tensor:
+    """Random projection, which keeps distances on average up to one factor.
+
+    Args:
+        points: `[b n c]`.
+        dims: so many dimensions, of a Gaussian draw with seed 0.
+        normed: project layer-normed points, without the affine part. That takes no copy of them:
+            the mean falls to a draw without one, and the deviation is divided out behind it.
+
+    Returns:
+        `[b n dims]`, in at least float32.
+
+    Raises:
+        TypeError: `points` is not a floating tensor.
+        ValueError: `points` is not `[b n c]`, or `dims` is not positive.
+
+    Source: Johnson and Lindenstrauss 1984.
+    """
+    check_float("points", points, 3, "[b n c]")
+    if isinstance(dims, bool) or not isinstance(dims, int) or dims < 1:
+        raise ValueError(f"Expected dims to be an integer >= 1, got {dims!r}.")
+    channels = points.shape[2]
+    draw = torch.randn(channels, dims, generator=torch.Generator().manual_seed(0))
+    draw = draw * channels**-0.5  # of the size of one channel: half precision holds it
+    if normed:
+        draw = draw - draw.mean(0)
+    wide = torch.promote_types(points.dtype, torch.float32)
+    found = (points @ draw.to(points)).to(wide)
+    if not normed:
+        return found
+    norm = torch.linalg.vector_norm(points, dim=-1, keepdim=True, dtype=wide)
+    mean = points.mean(-1, keepdim=True, dtype=wide)
+    variance = norm.square().div_(channels).sub_(mean.square()).clamp_(min=0)
+    return found.mul_(variance.add_(1e-5).rsqrt_())
+
+
+def _first(points: Tensor, num: int, first: Tensor | None, allowed: Tensor | None) -> Tensor:
+    """The points to take first, long `[b g]` with g >= 1, once all arguments are checked."""
+    batch, size, _ = points.shape
+    if isinstance(num, bool) or not isinstance(num, int) or not 1 <= num <= size:
+        raise ValueError(f"Expected num to be an integer from 1 to {size}, got {num!r}.")
+    if allowed is not None:
+        check_bool("allowed", allowed, (batch, size))
+    if first is None or first.shape[1] == 0:
+        if allowed is not None:
+            return allowed.int().argmax(1, keepdim=True)
+        return points.new_zeros((batch, 1), dtype=torch.long)
+    check_index("first", first, "[b g]")
+    if first.shape[1] > num:
+        raise ValueError(f"Expected first to hold at most num={num} points, got {first.shape[1]}.")
+    return first
+
+
+def _reduced(points: Tensor, sketch: int | None) -> Tensor:
+    if sketch is not None and sketch < points.shape[2]:
+        return sketch_points(points, sketch)
+    return points.to(torch.promote_types(points.dtype, torch.float32))
+
+
+def _take(points: Tensor, half: Tensor, distance: Tensor, farther: Tensor, count: int) -> Tensor:
+    """The next points of `spread_points`: distances `[b runs length]` -> long `[b count]`."""
+    far, index = distance.max(2)
+    runs, length = distance.shape[1:]
+    index = index + torch.arange(0, runs * length, length, device=index.device)
+    far, order = far.sort(dim=1, descending=True, stable=True)
+    index = index.gather(1, order).clamp_(max=points.shape[1] - 1)  # a run of padding alone
+    chosen = _gather(points, index)
+    own = half.gather(1, index)
+    apart = torch.baddbmm(own[:, :, None] + own[:, None], chosen, chosen.mT, alpha=-1)
+    ahead = apart.clamp_(min=0).masked_fill_(~farther, torch.inf).amin(2)
+    return index.gather(1, torch.minimum(far, ahead).topk(count, dim=1).indices)
+
+
+def _free(distance: Tensor, took: Tensor) -> Tensor:
+    """Put others in the place of picks that were taken before or must not be: long `[b count]`.
+
+    Without a free point left, of those that may be taken.
+    """
+    good = distance.gather(1, took) >= 0
+    rest = distance.scatter(1, torch.where(good, took, took[:, :1]), TAKEN)
+    left, fill = rest.topk(took.shape[1], dim=1)
+    fill = torch.where(left > BARRED, fill, took[:, :1])
+    place = (~good).cumsum(1).sub_(1).clamp_(min=0)
+    return torch.where(good, took, fill.gather(1, place))
+
+
+def _nearest(points: Tensor, half: Tensor, picks: Tensor, out: Tensor | None = None) -> Tensor:
+    """Half the squared distance to the nearest of several points: long `[b g]` -> `[b n]`.
+
+    `half` is |x|^2 / 2, `out` bool `[b g]` leaves picks out.
+    """
+    own = half.gather(1, picks)
+    own = own if out is None else own.masked_fill_(out, torch.inf)
+    product = torch.baddbmm(own[:, None], points, _gather(points, picks).mT, alpha=-1)
+    return product.amin(2).add_(half).clamp_(min=0)
+
+
+def _gather(points: Tensor, index: Tensor) -> Tensor:
+    return points.gather(1, index[..., None].expand(-1, -1, points.shape[2]))

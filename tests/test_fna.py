@@ -1,0 +1,91 @@
+"""The settings of `attn=fna` that decide how it is computed."""
+
+import pytest
+import torch
+
+from fna_lab import ops
+from fna_lab.attn.base import Context
+from fna_lab.attn.fna import FastNystromAttention
+from fna_lab.attn.solver.newton_schulz import NewtonSchulzSolver
+from fna_lab.attn.solver.pinv import PinvSolver
+
+
+def run(variant, tokens=37, dtype=torch.float64, mask=None):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, tokens, 8, generator=generator, dtype=dtype)
+    x = torch.randn(2, tokens, 32, generator=generator, dtype=dtype)
+    context = Context(
+        layer=0, nth=0, scale=8**-0.5, x=x, num_prefix_tokens=1, has_cls=True, grid=(6, 6),
+        attn_mask=mask,
+    )  # fmt: skip
+    keep = None if mask is None else mask.expand(2, -1, tokens, -1)[:, 0]
+    return variant(q, k, v, context), ops.attention(q, k, v, keep=keep)
+
+
+@pytest.mark.parametrize("source", ["input", "normed", "q", "k", "qk"])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("sketch", [None, 5])
+def test_every_token_a_landmark_is_exact_attention(source, rows, sketch):
+    variant = FastNystromAttention(
+        num_landmarks=37, source=source, rows=rows, sketch=sketch, solver=PinvSolver()
+    )
+    torch.testing.assert_close(*run(variant))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_every_kept_token_a_landmark_is_exact_under_padding(rows):
+    mask = (torch.arange(37) < 20).expand(2, 1, 1, -1)
+    variant = FastNystromAttention(num_landmarks=25, rows=rows, solver=PinvSolver())
+    torch.testing.assert_close(*run(variant, mask=mask))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_more_rows_are_closer(masked):
+    mask = (torch.arange(37) != 11).expand(2, 1, 1, -1) if masked else None
+
+    def error(rows):
+        out, exact = run(FastNystromAttention(num_landmarks=12, rows=rows), mask=mask)
+        return (out - exact).norm()
+
+    assert error(3) < error(1)
+
+
+def test_without_clusters_it_is_the_plain_chain(monkeypatch):
+    variant = FastNystromAttention(num_landmarks=9, clusters=False, exact_cls=False)
+    seen = []
+    choose = variant.choose
+
+    def listen(*args):
+        seen.append((args, choose(*args)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(variant, "choose", listen)
+    out, _ = run(variant)
+    (q, k, *_), landmarks = seen[0]
+    v = torch.randn(3, 2, 4, 37, 8, generator=torch.Generator().manual_seed(0), dtype=q.dtype)[2]
+    expected = ops.nystrom_attention(q, k, v, landmarks, solver="ridge", scale=8**-0.5)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(rows=0), "attn.rows=0: expected an integer >= 1"),
+        (dict(rows=2, clusters=False), "attn.rows=2: expected 1 with attn.clusters=false"),
+        (dict(rows=2, solver=NewtonSchulzSolver()), "attn.rows=2: .* use attn/solver=ridge"),
+        (dict(sketch=0), "attn.sketch=0: expected"),
+    ],
+)
+def test_bad_settings_are_named(settings, words):
+    with pytest.raises(ValueError, match=words):
+        FastNystromAttention(**settings)
+
+
+def test_cost_grows_with_rows():
+    def flops(**settings):
+        variant = FastNystromAttention(**settings)
+        return variant.flops(1370, heads=6, head_dim=64, channels=384, layers=6)
+
+    thin = 6 * ops.subset_flops(1370, 6, 64, 64)
+    assert thin < flops(rows=2) - flops() < 1.1 * thin
+    assert 2 * thin < flops() < 4 * thin
