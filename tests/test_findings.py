@@ -13,8 +13,9 @@ from fna_lab.backbone.base import Backbone
 from fna_lab.backbone.planted import PlantedBackbone
 from fna_lab.backbone.timm import TimmBackbone
 from fna_lab.data.planted import PlantedData
-from fna_lab.finding.base import Lab, Mean, compared, named_findings
+from fna_lab.finding.base import Mean, compared, named_findings
 from fna_lab.finding.growth_without_attention import NoAttention
+from fna_lab.finding.lab import Lab
 
 NAMES = [finding.name for finding in named_findings()]
 

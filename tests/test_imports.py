@@ -27,7 +27,7 @@ MAY = {
     "data": (),
     "metric": ("ops", "attn.base", "attn.stopwatch"),
     "finding": ("ops", "attn.base", "mask", "backbone.base", "backbone.patch"),
-    "task": ("metric", "finding.base", "attn.base", "backbone.base", "backbone.neurons",
+    "task": ("metric", "finding.base", "finding.lab", "attn.base", "backbone.base", "backbone.neurons",
              "backbone.patch", "mask.detector.base"),
     "report": (),
     "build": (),

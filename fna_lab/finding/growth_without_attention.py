@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fna_lab.attn.base import AttentionVariant, Context
 from fna_lab.backbone.base import Backbone
-from fna_lab.finding.base import SMALL, Finding, Lab, Mean, Plot, Verdict, compared, only
+from fna_lab.finding.base import SMALL, Finding, Mean, Plot, Verdict, compared, only
+from fna_lab.finding.lab import Lab
 
 
 class NoAttention(AttentionVariant):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fna_lab.backbone.base import Backbone
-from fna_lab.finding.base import Finding, Lab, Mean, Plot, Verdict
+from fna_lab.finding.base import Finding, Mean, Plot, Verdict
+from fna_lab.finding.lab import Lab
 
 CLASSES = ("cls", "massive", "artifact")
 WAYS = ("ignore", "guarantee", "exclude")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fna_lab.backbone.base import Backbone
-from fna_lab.finding.base import Finding, Given, Lab, Mean, Plot, Verdict, only
+from fna_lab.finding.base import Finding, Mean, Plot, Verdict, only
+from fna_lab.finding.lab import Given, Lab
 from fna_lab.mask.type1 import Type1Mask
 
 ACCURACY, COSINE = 0.01, 0.99

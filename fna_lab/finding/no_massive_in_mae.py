@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fna_lab.backbone.base import Backbone
-from fna_lab.finding.base import Finding, Lab, Mean, Plot, Verdict
+from fna_lab.finding.base import Finding, Mean, Plot, Verdict
+from fna_lab.finding.lab import Lab
 
 SIZE, RATIO = 100.0, 1000.0
 LEAST = 1e-3  # a median of 0, in a model with silent channels, would make any ratio infinite

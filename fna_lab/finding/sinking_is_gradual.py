@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fna_lab.backbone.base import Backbone
-from fna_lab.finding.base import Finding, Lab, Mean, Plot, Verdict, compared, only
+from fna_lab.finding.base import Finding, Mean, Plot, Verdict, compared, only
+from fna_lab.finding.lab import Lab
 
 
 class SinkingIsGradual(Finding):
