@@ -211,6 +211,22 @@ def test_heads_may_have_landmarks_of_their_own(name):
                 torch.testing.assert_close(out, torch.cat(one, dim=1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("block", [None, 4])
+def test_farthest_points_begin_at_a_patch_unless_cls_is_asked_for(block):
+    points = torch.randn(2, 41, 8, generator=torch.Generator().manual_seed(0))
+    points[:, 0] = points.mean(1)  # the last token that farthest points would take
+    allowed = torch.ones(2, 41, dtype=torch.bool)
+    allowed[0, 1:4] = False
+    none, more = torch.zeros(2, 0, dtype=torch.long), dict(num_prefix_tokens=1, grid=GRID)
+    sampler = SAMPLERS["fps"](block=block)
+    picks = sampler(points, 6, guaranteed=none, allowed=None, **more)
+    assert picks[:, 0].tolist() == [1, 1] and (picks > 0).all()
+    picks = sampler(points, 6, guaranteed=none, allowed=allowed, **more)
+    assert picks[:, 0].tolist() == [4, 1] and allowed.gather(1, picks).all()
+    picks = sampler(points, 6, guaranteed=none.new_zeros(2, 1), allowed=None, **more)
+    assert (picks[:, 0] == 0).all()
+
+
 def test_heads_differ_in_queries_and_keys_alone():
     from fna_lab.attn.fna import FastNystromAttention
 

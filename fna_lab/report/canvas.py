@@ -157,7 +157,8 @@ def class_matrix(
         value = values[row, column]
         # Both ends of the diverging map are dark, and the low end of the other one.
         dark = abs(value) > 0.6 * top if diverging else value < 0.6 * top
-        axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=9,
+        said = f"{value:.2g}" if abs(value) > 1e-3 * top else "\u2248 0"  # else they overlap
+        axes.text(column, row, said, ha="center", va="center", fontsize=9,
                   color="white" if dark else "black")  # fmt: skip
 
 

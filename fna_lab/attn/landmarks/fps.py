@@ -33,10 +33,18 @@ class FarthestPointLandmarks(LandmarkSampler):
         *,
         guaranteed: Tensor,
         allowed: Tensor | None,
-        num_prefix_tokens: int,  # noqa: ARG002 (any token may be taken)
+        num_prefix_tokens: int,
         grid: tuple[int, int] | None,  # noqa: ARG002
     ) -> Tensor:
-        """Guaranteed tokens, then farthest points: `[b n c]` -> long `[b m]`."""
+        """Guaranteed tokens, then farthest points: `[b n c]` -> long `[b m]`.
+
+        Without a guaranteed token the first allowed patch is the start: token 0 would be CLS,
+        which was not asked for.
+        """
+        if guaranteed.shape[1] == 0 and num_prefix_tokens < points.shape[1]:
+            guaranteed = guaranteed.new_full((points.shape[0], 1), num_prefix_tokens)
+            if allowed is not None:
+                guaranteed += allowed[:, num_prefix_tokens:].int().argmax(1, keepdim=True)
         if self.block is None:
             return ops.farthest_points(
                 points, num, first=guaranteed, allowed=allowed, sketch=self.sketch
