@@ -125,6 +125,8 @@ class FastNystromAttention(LandmarkAttention):
 
     def _points(self, q: Tensor, k: Tensor, context: Context) -> Tensor:
         """What is sampled and clustered, in a sketch: `[b n c]`, or per head `[b*h n c]`."""
+        if self.source == "normed" and self.sketch and self.sketch < context.x.shape[2]:
+            return ops.sketch_points(context.x, self.sketch, normed=True)  # takes no normed copy
         points = source_points(self.source, q, k, context, per_head=self.per_head)
         if self.sketch is None or self.sketch >= points.shape[2]:
             return points

@@ -81,7 +81,7 @@ from fna_lab.ops.patterns import (
     token_rows,
     zero_rows,
 )
-from fna_lab.ops.points import farthest_points, sketch_points
+from fna_lab.ops.points import farthest_points
 from fna_lab.ops.random_features import orthogonal_features, performer_attention
 from fna_lab.ops.register_neurons import (
     register_neuron_scores,
@@ -99,8 +99,9 @@ from fna_lab.ops.sinks import (
     sink_rate,
     standard_scores,
 )
+from fna_lab.ops.sketch import sketch_points
 from fna_lab.ops.solvers import newton_schulz, ridge_solve
-from fna_lab.ops.spread import sketch_points, spread_points
+from fna_lab.ops.spread import spread_points
 from fna_lab.ops.strategies import (
     CORRECTIONS,
     REPLACEMENTS,

@@ -173,28 +173,3 @@ def _sample(near: Distance, num: int, first: Tensor, allowed: Tensor | None) -> 
         else:
             torch.minimum(distance, closer, out=distance)
     return picks
-
-
-def sketch_points(points: Tensor, dims: int) -> Tensor:
-    """Random projection, which keeps distances on average up to one factor.
-
-    Args:
-        points: `[b n c]`.
-        dims: so many dimensions, of a Gaussian draw with seed 0.
-
-    Returns:
-        `[b n dims]`, in at least float32.
-
-    Raises:
-        TypeError: `points` is not a floating tensor.
-        ValueError: `points` is not `[b n c]`, or `dims` is not positive.
-
-    Source: Johnson and Lindenstrauss 1984.
-    """
-    check_float("points", points, 3, "[b n c]")
-    if isinstance(dims, bool) or not isinstance(dims, int) or dims < 1:
-        raise ValueError(f"Expected dims to be an integer >= 1, got {dims!r}.")
-    channels = points.shape[2]
-    draw = torch.randn(channels, dims, generator=torch.Generator().manual_seed(0))
-    draw = draw * channels**-0.5  # of the size of one channel: half precision holds it
-    return (points @ draw.to(points)).to(torch.promote_types(points.dtype, torch.float32))

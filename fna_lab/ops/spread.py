@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fna_lab.ops.checks import check_bool, check_float, check_index
 from fna_lab.ops.kernels.switch import use_kernels
+from fna_lab.ops.sketch import sketch_points
 
 # What stands in a list of distances for points that were taken, and that must not be.
 TAKEN, BARRED = -0.5, -1.0
@@ -105,42 +106,6 @@ def spread_points(
     place = (lost.cumsum(1) + (num - given - 1)).clamp_(min=0)
     first = torch.where(lost, more.gather(1, place), first)
     return torch.cat([first, more[:, : num - given]], dim=1)
-
-
-def sketch_points(points: Tensor, dims: int, *, normed: bool = False) -> Tensor:
-    """Random projection, which keeps distances on average up to one factor.
-
-    Args:
-        points: `[b n c]`.
-        dims: so many dimensions, of a Gaussian draw with seed 0.
-        normed: project layer-normed points, without the affine part. That takes no copy of them:
-            the mean falls to a draw without one, and the deviation is divided out behind it.
-
-    Returns:
-        `[b n dims]`, in at least float32.
-
-    Raises:
-        TypeError: `points` is not a floating tensor.
-        ValueError: `points` is not `[b n c]`, or `dims` is not positive.
-
-    Source: Johnson and Lindenstrauss 1984.
-    """
-    check_float("points", points, 3, "[b n c]")
-    if isinstance(dims, bool) or not isinstance(dims, int) or dims < 1:
-        raise ValueError(f"Expected dims to be an integer >= 1, got {dims!r}.")
-    channels = points.shape[2]
-    draw = torch.randn(channels, dims, generator=torch.Generator().manual_seed(0))
-    draw = draw * channels**-0.5  # of the size of one channel: half precision holds it
-    if normed:
-        draw = draw - draw.mean(0)
-    wide = torch.promote_types(points.dtype, torch.float32)
-    found = (points @ draw.to(points)).to(wide)
-    if not normed:
-        return found
-    norm = torch.linalg.vector_norm(points, dim=-1, keepdim=True, dtype=wide)
-    mean = points.mean(-1, keepdim=True, dtype=wide)
-    variance = norm.square().div_(channels).sub_(mean.square()).clamp_(min=0)
-    return found.mul_(variance.add_(1e-5).rsqrt_())
 
 
 def _first(points: Tensor, num: int, first: Tensor | None, allowed: Tensor | None) -> Tensor:

@@ -154,6 +154,8 @@ def sampled_points(
             grid=context.grid,
         )
         return (drawn.flatten(0, 1) if per_head else drawn.mean(1))[..., None]
+    if source == "normed":
+        return sampler.normed(context.x)
     return source_points(source, q, k, context, per_head=per_head)
 
 
@@ -164,7 +166,7 @@ def source_points(
     if source == "input":
         return context.x
     if source == "normed":
-        return sampler.normed(context.x)
+        return F.layer_norm(context.x, context.x.shape[-1:])
     if per_head:
         both = {"q": q, "k": k}.get(source)
         return (torch.cat([q, k], dim=-1) if both is None else both).flatten(0, 1)
