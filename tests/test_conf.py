@@ -99,7 +99,16 @@ def test_every_variant_is_one_file_and_one_yaml(group: str) -> None:
     package = importlib.import_module(f"fna_lab.{group.replace('/', '.')}")
     assert package.__file__ is not None
     modules = {p.stem for p in Path(package.__file__).parent.glob("*.py")}
-    shared = {"__init__", "base", "classes", "guard", "layers", "stopwatch", "shapes_world"}
+    shared = {
+        "__init__",
+        "base",
+        "classes",
+        "guard",
+        "layers",
+        "reduced",
+        "stopwatch",
+        "shapes_world",
+    }
     assert {p.stem for p in (CONF / group).glob("*.yaml")} == modules - shared
     for name in modules - shared:
         target = composed(f"{group}/{name}")["_target_"]

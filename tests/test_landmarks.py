@@ -12,6 +12,7 @@ import torch
 import fna_lab
 from fna_lab import ops
 from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.attn.landmarks.fps import FarthestPointLandmarks
 from fna_lab.attn.solver.base import Solver
 
 ROOT = Path(fna_lab.__file__).parent / "attn"
@@ -211,22 +212,6 @@ def test_heads_may_have_landmarks_of_their_own(name):
                 torch.testing.assert_close(out, torch.cat(one, dim=1), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("block", [None, 4])
-def test_farthest_points_begin_at_a_patch_unless_cls_is_asked_for(block):
-    points = torch.randn(2, 41, 8, generator=torch.Generator().manual_seed(0))
-    points[:, 0] = points.mean(1)  # the last token that farthest points would take
-    allowed = torch.ones(2, 41, dtype=torch.bool)
-    allowed[0, 1:4] = False
-    none, more = torch.zeros(2, 0, dtype=torch.long), dict(num_prefix_tokens=1, grid=GRID)
-    sampler = SAMPLERS["fps"](block=block)
-    picks = sampler(points, 6, guaranteed=none, allowed=None, **more)
-    assert picks[:, 0].tolist() == [1, 1] and (picks > 0).all()
-    picks = sampler(points, 6, guaranteed=none, allowed=allowed, **more)
-    assert picks[:, 0].tolist() == [4, 1] and allowed.gather(1, picks).all()
-    picks = sampler(points, 6, guaranteed=none.new_zeros(2, 1), allowed=None, **more)
-    assert (picks[:, 0] == 0).all()
-
-
 def test_heads_differ_in_queries_and_keys_alone():
     from fna_lab.attn.fna import FastNystromAttention
 
@@ -244,3 +229,17 @@ def test_landmarks_of_the_wrong_shape_are_named():
     for wrong in (torch.zeros(3, 6).long(), torch.zeros(2, 3, 6).long(), torch.zeros(6).long()):
         with pytest.raises(ValueError, match=r"landmarks .*\[b|landmarks \[2 m\]"):
             ops.nystrom_attention(q, q, q, wrong)
+
+
+def test_farthest_points_leave_cls_to_its_distance_where_nothing_is_guaranteed():
+    points = tokens(1)
+    points[:, 0] = points[:, 1:].mean(1)  # CLS stands out least
+    sampler = FarthestPointLandmarks()
+    none = torch.zeros(len(points), 0, dtype=torch.long)
+    more = dict(allowed=None, num_prefix_tokens=1, grid=None)
+    picks = sampler(points, 8, guaranteed=none, **more)
+    assert (picks[:, 0] == 1).all() and not (picks == 0).any()
+    allowed = torch.ones(points.shape[:2], dtype=torch.bool)
+    allowed[:, :4] = False
+    picks = sampler(points, 8, guaranteed=none, **more | {"allowed": allowed})
+    assert (picks[:, 0] == 4).all()

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.base import Context, LandmarkAttention
+from fna_lab.attn.base import Context
 from fna_lab.attn.landmarks.base import LandmarkSampler
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
+from fna_lab.attn.reduced import LandmarkAttention
 from fna_lab.attn.solver.base import Solver
 from fna_lab.attn.solver.ridge import RidgeSolver
 

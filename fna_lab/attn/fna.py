@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.base import Context, LandmarkAttention
+from fna_lab.attn.base import Context
 from fna_lab.attn.classes import prefix_tokens
 from fna_lab.attn.guard import Guard
 from fna_lab.attn.landmarks.base import LandmarkSampler, source_points
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
 from fna_lab.attn.layers import Counts
+from fna_lab.attn.reduced import LandmarkAttention
 from fna_lab.attn.solver.base import Solver
 from fna_lab.attn.solver.ridge import RidgeSolver
 

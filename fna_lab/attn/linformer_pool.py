@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.base import Context, ReducedAttention
+from fna_lab.attn.base import Context
 from fna_lab.attn.layers import Counts
+from fna_lab.attn.reduced import ReducedAttention
 
 
 class LinformerPoolAttention(ReducedAttention):

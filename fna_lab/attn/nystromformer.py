@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.base import Context, ReducedAttention
+from fna_lab.attn.base import Context
 from fna_lab.attn.layers import Counts
+from fna_lab.attn.reduced import ReducedAttention
 from fna_lab.attn.solver.base import Solver
 from fna_lab.attn.solver.newton_schulz import NewtonSchulzSolver
 

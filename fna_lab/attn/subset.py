@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.base import Context, LandmarkAttention
+from fna_lab.attn.base import Context
 from fna_lab.attn.landmarks.base import LandmarkSampler
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
 from fna_lab.attn.layers import Counts
+from fna_lab.attn.reduced import LandmarkAttention
 
 
 class SubsetAttention(LandmarkAttention):

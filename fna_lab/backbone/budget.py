@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fna_lab import ops
-from fna_lab.attn.base import AttentionVariant, Context, ReducedAttention
+from fna_lab.attn.base import AttentionVariant, Context
 from fna_lab.attn.exact import ExactAttention
 from fna_lab.attn.layers import parse_layers
+from fna_lab.attn.reduced import ReducedAttention
 from fna_lab.backbone.blocks import find_blocks
 from fna_lab.backbone.named import resolve
 from fna_lab.backbone.parts import out_projection

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fna_lab import ops
@@ -34,17 +35,17 @@ class FarthestPointLandmarks(LandmarkSampler):
         guaranteed: Tensor,
         allowed: Tensor | None,
         num_prefix_tokens: int,
-        grid: tuple[int, int] | None,  # noqa: ARG002
+        grid: tuple[int, int] | None,  # noqa: ARG002 (any token may be taken)
     ) -> Tensor:
         """Guaranteed tokens, then farthest points: `[b n c]` -> long `[b m]`.
 
-        Without a guaranteed token the first allowed patch is the start: token 0 would be CLS,
-        which was not asked for.
+        With no token guaranteed, the first patch token begins: CLS is left to its distance.
         """
-        if guaranteed.shape[1] == 0 and num_prefix_tokens < points.shape[1]:
-            guaranteed = guaranteed.new_full((points.shape[0], 1), num_prefix_tokens)
-            if allowed is not None:
-                guaranteed += allowed[:, num_prefix_tokens:].int().argmax(1, keepdim=True)
+        if guaranteed.shape[1] == 0:
+            place = torch.arange(points.shape[1], device=points.device)
+            begin = (place >= min(num_prefix_tokens, points.shape[1] - 1)).expand(len(points), -1)
+            begin = begin if allowed is None else begin & allowed
+            guaranteed = begin.int().argmax(1, keepdim=True)
         if self.block is None:
             return ops.farthest_points(
                 points, num, first=guaranteed, allowed=allowed, sketch=self.sketch

@@ -1,0 +1,203 @@
+"""What variants share that attend through fewer vectors than there are tokens."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fna_lab import ops
+from fna_lab.attn.base import Context, KeyMaskedAttention
+from fna_lab.attn.classes import DETECTED, prefix_tokens, read_classes, token_set
+from fna_lab.attn.landmarks.base import HEAD_SOURCES, SOURCES, LandmarkSampler, sampled_points
+from fna_lab.attn.layers import BlockCounts, Counts, read_renewal
+
+
+class ReducedAttention(BlockCounts, KeyMaskedAttention):
+    """Attention through fewer vectors than there are tokens.
+
+    Args:
+        num_landmarks: how many; one number, or one for each block (`{6: 64, 7: 32}`, or a list in
+            the order of the replaced blocks).
+
+    Attributes:
+        stand_ins: what these vectors are called in messages.
+
+    Raises:
+        ValueError: `num_landmarks` is no positive integer, nor such numbers block by block.
+    """
+
+    stand_ins = "landmarks"
+
+    def __init__(self, *, num_landmarks: Counts) -> None:
+        super().__init__(num_landmarks)
+
+    def check_tokens(self, tokens: int) -> None:
+        """Refuse more landmarks than tokens."""
+        if self.num_landmarks > tokens:
+            raise ValueError(
+                f"attn.num_landmarks={self.num_landmarks}: more {self.stand_ins} than the "
+                f"{tokens} tokens of a picture."
+            )
+
+
+class LandmarkAttention(ReducedAttention):
+    """Attention through a few landmark tokens; the part that its variants share.
+
+    It chooses landmarks; removed or padded keys never become one. Guaranteed tokens come first,
+    in ascending order, cut off at `num_landmarks`. Excluded tokens are never taken: a picture in
+    which detected classes leave fewer tokens than landmarks has so many fewer landmarks.
+
+    Args:
+        landmarks: the sampler.
+        num_landmarks: landmarks m of each picture, guaranteed ones included; see
+            `ReducedAttention`.
+        source: what it samples: the block's `input`, that input layer-`normed` (without the
+            host's affine part), `q` or `k` of all heads side by side, or both (`qk`).
+        renew: take landmarks anew at `every` layer, every so many layers, or `never`.
+        guarantee: token classes that are landmarks: cls, register, massive, artifact.
+        exclude: token classes that are never landmarks.
+        per_head: every head samples its own landmarks, from its own q or k (or both).
+
+    Raises:
+        ValueError: a setting is out of range, or a class is both guaranteed and excluded.
+    """
+
+    def __init__(
+        self,
+        *,
+        landmarks: LandmarkSampler,
+        num_landmarks: Counts = 64,
+        source: str = "normed",
+        renew: int | str = 1,
+        guarantee: Sequence[str] = ("cls",),
+        exclude: Sequence[str] = (),
+        per_head: bool = False,
+    ) -> None:
+        if source not in SOURCES:
+            raise ValueError(f"attn.source={source!r}: expected one of {', '.join(SOURCES)}.")
+        if per_head and source not in HEAD_SOURCES:
+            raise ValueError(
+                f"attn.per_head=true with attn.source={source}: heads differ in their q and k "
+                f"alone; expected attn.source to be one of {', '.join(HEAD_SOURCES)}."
+            )
+        super().__init__(num_landmarks=num_landmarks)
+        self.landmarks = landmarks
+        self.source = source
+        self.per_head = per_head
+        self.renew = read_renewal(renew)
+        self.guarantee = read_classes("attn.guarantee", guarantee)
+        self.exclude = read_classes("attn.exclude", exclude)
+        both = ", ".join(c for c in self.guarantee if c in self.exclude)
+        if both:
+            raise ValueError(
+                f"attn.exclude={list(self.exclude)}: {both} cannot be guaranteed and excluded."
+            )
+        used = (*self.guarantee, *self.exclude)
+        self.token_classes = tuple(c for c in DETECTED if c in used)
+
+    @abstractmethod
+    def layer_flops(self, tokens: int, heads: int, head_dim: int) -> int:
+        """FLOPs of the attention of one picture at one layer, without selection."""
+
+    def flops(self, tokens: int, *, heads: int, head_dim: int, channels: int, layers: int) -> int:
+        """FLOPs of the attention of one picture over so many layers, selection included."""
+        times = heads if self.per_head else 1
+        width = channels // times if self.landmarks.reads == "attention" else None
+        width = self.width(channels // times) if width is None else width
+        total = taken = 0
+        for nth, num in enumerate(self.counts(layers)):
+            total += self.with_landmarks(num).layer_flops(tokens, heads, head_dim)
+            if num != taken or self.renew and nth % self.renew == 0:
+                total += times * self.landmarks.flops(tokens, width, num)
+            taken = num
+        return total
+
+    @property
+    def may_repeat(self) -> bool:
+        """Whether landmarks may repeat where no key is removed: detected classes are excluded."""
+        return any(c in DETECTED for c in self.exclude)
+
+    def width(self, channels: int) -> int:
+        """Channels of what is sampled, for so many of the host (or of its heads)."""
+        return (2 if self.source == "qk" else 1) * channels
+
+    def choose(
+        self,
+        q: Tensor,
+        k: Tensor,
+        keys: Tensor | None,
+        context: Context,
+        points: Tensor | None = None,
+    ) -> Tensor:
+        """Landmarks, long `[b m]` or per head `[b h m]`: new, or of an earlier layer of this pass.
+
+        `points` are what is sampled, `[b n c]` or per head `[b*h n c]`, where that is known.
+
+        Raises:
+            ValueError: more landmarks than tokens that may be taken.
+        """
+        # Landmarks taken before a mask was known may hold removed tokens: never reuse those.
+        slot = "landmarks" if keys is None else "landmarks among kept keys"
+        num, known = self.landmarks_at(context.layer, context.nth), context.shared.get(slot)
+        fits = known is not None and known.shape[-1] == num
+        if fits and (self.renew == 0 or context.nth % self.renew):
+            return context.shared[slot]
+        begin = context.stopwatch.now() if context.stopwatch else 0.0
+        sampling = self if num == self.num_landmarks else self.with_landmarks(num)
+        context.shared[slot] = sampling._sample(q, k, keys, context, points)
+        if context.stopwatch:
+            context.stopwatch.note("selection", begin)
+        return context.shared[slot]
+
+    def _sample(
+        self,
+        q: Tensor,
+        k: Tensor,
+        keys: Tensor | None,
+        context: Context,
+        points: Tensor | None,
+    ) -> Tensor:
+        size = q.shape[2]
+        self.check_tokens(size)
+        never = prefix_tokens(self.exclude, context)
+        if size - len(never) < self.num_landmarks:
+            raise ValueError(
+                f"attn.num_landmarks={self.num_landmarks}: more landmarks than the "
+                f"{size - len(never)} tokens that attn.exclude={list(self.exclude)} leaves."
+            )
+        allowed = keys
+        if self.exclude:
+            taboo = token_set(self.exclude, q.shape[0], size, context)
+            allowed = ~taboo if keys is None else keys & ~taboo
+        wanted = None
+        if any(c in DETECTED for c in self.guarantee):
+            wanted = token_set(self.guarantee, q.shape[0], size, context)
+            wanted = wanted if allowed is None else wanted & allowed
+        if points is None:
+            points = sampled_points(
+                self.landmarks, self.source, q, k, context, allowed=allowed, per_head=self.per_head
+            )
+        if self.per_head:  # heads are to a sampler what pictures are
+            allowed, wanted = (
+                None if found is None else found.repeat_interleave(q.shape[1], dim=0)
+                for found in (allowed, wanted)
+            )
+        given = prefix_tokens(self.guarantee, context)[: self.num_landmarks]
+        first = torch.arange(given.start, given.stop, device=q.device)
+        picks = self.landmarks(
+            points,
+            self.num_landmarks,
+            guaranteed=first.expand(points.shape[0], -1),
+            allowed=allowed,
+            num_prefix_tokens=context.num_prefix_tokens,
+            grid=context.grid,
+        )
+        if wanted is not None:
+            picks = ops.put_first(picks, wanted)
+        if allowed is not None:
+            # Where too few are left, some samplers take others: the first stands in for those.
+            picks = torch.where(allowed.gather(1, picks), picks, picks[:, :1])
+        return picks.unflatten(0, q.shape[:2]) if self.per_head else picks
