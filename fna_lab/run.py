@@ -200,7 +200,7 @@ def _mask_facts(patched: Patch) -> dict[str, Any]:
 
 def _check_found(patched: Patch) -> None:
     """Refuse results under a mask that masked nothing: they would be those of `mask=none`."""
-    if patched.mask.looks and not any(patched.found):
+    if patched.mask.depends and not any(patched.found):
         detector = patched.mask.detector
         raise ValueError(
             f"mask/detector={detector.name} ({detector.threshold}) finds no token at block "

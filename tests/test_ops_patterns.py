@@ -173,3 +173,15 @@ def test_a_picture_without_any_key_gives_zeros(batch):
     rows = ops.token_rows(tokens)
     out = ops.masked_attention(q, k, v, tokens, pattern="type1", stage="mask", rows=rows)
     assert (out[0] == 0).all() and (out[1:] != 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pattern", ops.PATTERNS)
+def test_large_logits_in_half_precision(dtype, pattern):
+    q, k, v = (20 * torch.randn(2, 2, 7, 8).to(dtype) for _ in range(3))
+    tokens = torch.zeros(2, 7, dtype=torch.bool)
+    tokens[:, [2, 5]] = True
+    found = ops.masked_attention(q, k, v, tokens, pattern=pattern, stage="sink")
+    weights = (8**-0.5 * q.double() @ k.double().mT).softmax(-1)
+    wanted = weights.masked_fill(ops.removed_pairs(tokens, pattern)[:, None], 0) @ v.double()
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=0.01 * float(v.abs().max()))

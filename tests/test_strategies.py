@@ -11,10 +11,16 @@ from fna_lab import ops
 from fna_lab.attn.base import AttentionVariant
 from fna_lab.backbone.blocks import find_blocks
 from fna_lab.backbone.parts import out_projection
+from fna_lab.mask.detector.cls_proxy import ClsProxyDetector
+from fna_lab.mask.detector.incoming import IncomingDetector
 from fna_lab.mask.detector.norm_gap import NormGapDetector
+from fna_lab.mask.detector.norm_ratio import NormRatioDetector
+from fna_lab.mask.detector.register_neurons import RegisterNeuronsDetector
+from fna_lab.mask.detector.sink_rate import SinkRateDetector
 from fna_lab.mask.projection import ProjectionMask
 from fna_lab.mask.redistribute import RedistributeMask
 from fna_lab.mask.replace import ReplaceMask
+from fna_lab.mask.type1 import Type1Mask
 
 every_host = pytest.mark.parametrize("name", HOSTS)
 
@@ -219,3 +225,43 @@ def test_redistribution_through_the_seam_and_its_refusal():
 def test_bad_settings_are_named(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_half_precision_does_not_overflow_and_zero_tokens_stay_finite():
+    x, tokens = drawn(grid=(20, 30))
+    x[..., 0] = 300  # 600 of them are beyond what half precision holds
+    wanted = ops.replace_tokens(x, tokens, "mean")
+    found = ops.replace_tokens(x.half(), tokens, "mean")
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-2, atol=1e-2)
+    x, tokens = drawn()
+    x[:, 0] = 0  # a host's register before it was trained
+    weights = torch.full((3, 2, 31, 31), 1 / 31, dtype=torch.float64)
+    v, w = torch.ones(3, 2, 31, 4, dtype=torch.float64), -torch.eye(8, dtype=torch.float64)
+    out = ops.projection_correction(weights, x, v, w, ops.removed_pairs(tokens, "x_to_x"))
+    assert torch.isfinite(out).all() and out[:, 1:].any() and not out[:, 0].any()
+
+
+@pytest.mark.parametrize(
+    ("make", "setting"),
+    [
+        (lambda value: Type1Mask(detect=value), "mask.detect"),
+        (lambda value: Type1Mask(restart=value), "mask.restart"),
+        (lambda value: Type1Mask(max_rounds=value), "mask.max_rounds"),
+        (lambda value: ReplaceMask(seed=value), "mask.seed"),
+        (lambda value: ReplaceMask(window=value), "mask.window"),
+        (lambda value: RedistributeMask(keep=value), "mask.keep"),
+        (lambda value: ProjectionMask(clamp=value), "mask.clamp"),
+        (lambda value: ClsProxyDetector(top=value), "mask.detector.top"),
+        (lambda value: ClsProxyDetector(least=value), "mask.detector.least"),
+        (lambda value: NormGapDetector(min_gap=value), "mask.detector.min_gap"),
+        (lambda value: NormRatioDetector(ratio=value), "mask.detector.ratio"),
+        (lambda value: SinkRateDetector(epsilon=value), "mask.detector.epsilon"),
+        (lambda value: SinkRateDetector(share=value), "mask.detector.share"),
+        (lambda value: IncomingDetector(rule=value), "mask.detector.rule"),
+        (lambda value: RegisterNeuronsDetector(neurons=value), "mask.detector.neurons"),
+    ],
+)
+@pytest.mark.parametrize("value", ["many", [1], True])
+def test_values_of_the_wrong_kind_are_named(make, setting, value):
+    with pytest.raises(ValueError, match=f"{setting}="):
+        make(value)

@@ -30,6 +30,7 @@ class Adjuster:
 
     def __init__(self, mask: Mask, blocks: Sequence[nn.Module], layers: Sequence[int]) -> None:
         self.mask = mask
+        self.blocks = blocks
         self.projections = (
             {layer: out_projection(blocks[layer]) for layer in layers} if mask.corrects else {}
         )
@@ -38,8 +39,10 @@ class Adjuster:
 
     def hooks(self) -> Iterator[RemovableHandle]:
         """Hooks on the output projections, where they are modules that are called."""
-        for projection in self.projections.values():
+        for layer, projection in self.projections.items():
             yield projection.register_forward_hook(self._behind)
+            # A block that raises must leave nothing for the next pass, which may be unpatched.
+            yield self.blocks[layer].register_forward_hook(self._forget, always_call=True)
 
     def before(
         self, context: Context, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None
@@ -62,9 +65,10 @@ class Adjuster:
     def _behind(self, module: nn.Module, args: Any, out: Tensor) -> Tensor:  # noqa: ARG002
         return self.after(out)
 
+    def _forget(self, *args: Any) -> None:  # noqa: ARG002
+        self._correction = None
+
     def after(self, out: Tensor) -> Tensor:
-        """The projected output of attention, `[b n c]` or tokens first, with what is added."""
+        """The projected output of attention, `[b n c]`, with what is added."""
         more, self._correction = self._correction, None
-        if more is None:
-            return out
-        return out + (more if out.shape == more.shape else more.transpose(0, 1))
+        return out if more is None else out + more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from fna_lab import ops
 from fna_lab.backbone.blocks import find_blocks, says_prefix
 from fna_lab.backbone.parts import mlp_output
+from fna_lab.backbone.seam import tokens_first
 
 Run = Callable[[Tensor], object]
 
@@ -33,28 +35,39 @@ class NeuronTap:
         self.neurons = list(neurons)
         self.handles: list[RemovableHandle] = []
         self._said: dict[int, Tensor] = {}
+        self._turn = tokens_first(blocks[0])
         picks: dict[int, list[int]] = {}
         for layer, neuron in self.neurons:
             picks.setdefault(layer, []).append(neuron)
         for layer, some in picks.items():
             self._check(blocks, layer, some)
         for layer, some in picks.items():
-
-            def keep(
-                mlp: nn.Module,  # noqa: ARG001
-                args: tuple[Tensor, ...],
-                layer: int = layer,
-                some: list[int] = some,
-            ) -> None:
-                self._said[layer] = args[0][..., some]
-
+            keep = partial(self._keep, layer, some)
             self.handles.append(mlp_output(blocks[layer]).register_forward_pre_hook(keep))
 
-    def read(self) -> Tensor | None:
-        """The activations in the order of the list, `[b n k]`; None without any neurons."""
+    def _keep(
+        self,
+        layer: int,
+        some: list[int],
+        mlp: nn.Module,  # noqa: ARG002
+        args: tuple[Tensor, ...],
+    ) -> None:
+        said = args[0][..., some]
+        self._said[layer] = said.transpose(0, 1) if self._turn else said
+
+    def read(self, only: Tensor | None = None, *, again: int = 0) -> Tensor | None:
+        """The activations in the order of the list, `[b n k]`; None without any neurons.
+
+        Args:
+            only: pictures of the batch that are asked for, long `[p]`; None = all.
+            again: first block that ran again, for these pictures alone.
+        """
         if not self.neurons:
             return None
-        columns = {layer: iter(said.unbind(-1)) for layer, said in self._said.items()}
+        columns = {}
+        for layer, said in self._said.items():
+            said = said if only is None or layer >= again else said[only]
+            columns[layer] = iter(said.unbind(-1))
         return torch.stack([next(columns[layer]) for layer, _ in self.neurons], dim=-1)
 
     def remove(self) -> None:

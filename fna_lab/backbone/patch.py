@@ -24,6 +24,7 @@ from fna_lab.backbone.seam import (
     LeaveSeam,
     Probed,
     hidden,
+    tokens_first,
     with_hidden,
 )
 from fna_lab.backbone.search import Again, Finder, Found, Pass, Search, plan_searches
@@ -145,6 +146,7 @@ class Patch:
         self._exact = resolve("exact", AttentionVariant, "fna_lab.attn", {})
         self._said_cls = says_cls(model)
         self._said_prefix = says_prefix(model)
+        self._turn = tokens_first(blocks[0])
         self._finder = Finder(blocks, self._seam, self._prefix, self._has_cls)
         self._pass = Pass()
         self._input: Tensor | None = None
@@ -281,7 +283,7 @@ class Patch:
         if layer <= self._pass.last:  # a new pass through blocks that skipped the embedding
             self._pass = Pass(grid=self._pass.grid)
         self._pass.last = layer
-        x = given = hidden(args, kwargs, f"{self._path}.{layer}")
+        x = given = hidden(args, kwargs, f"{self._path}.{layer}", turn=self._turn)
         for search in self.searches:
             if search.probes and layer in search.reruns:
                 self._pass.calls[layer] = args, kwargs
@@ -293,10 +295,10 @@ class Patch:
                     x = self._finder.masked(search, self._pass, before)
         if self.mask.rewrites and layer == self.mask_layers[0]:
             prefix = self._prefix(x)
-            tokens = self._pass.found["mask"].tokens
+            tokens = self._known("mask", layer).tokens
             x = self.mask.rewrite(x, tokens, num_prefix_tokens=prefix, grid=self._pass.grid)
         self._input = x
-        return None if x is given else with_hidden(args, kwargs, x)
+        return None if x is given else with_hidden(args, kwargs, x, turn=self._turn)
 
     def _attend(
         self,
@@ -317,8 +319,6 @@ class Patch:
                 f"Block {self._path}.{layer} attends causally; fna_lab replaces bidirectional "
                 "attention only. Point blocks= at the vision tower."
             )
-        if x.shape[1] != q.shape[2]:
-            x = x.transpose(0, 1)  # hosts that keep tokens first: [n b c]
         if again is not None and again.probe:
             raise Probed(q, k, attn_mask, scale)
         if again is None:

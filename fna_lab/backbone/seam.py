@@ -48,7 +48,7 @@ class AttentionSeam(TorchFunctionMode):
     Args:
         attend: called with q, k, v `[b h n d]` and the keywords `attn_mask` and `scale`.
         where: the block's name, for messages.
-        after: changes what `nn.MultiheadAttention` projects, `[n b c]`; None = nothing does. The
+        after: changes what `nn.MultiheadAttention` projects, `[b n c]`; None = nothing does. The
             projection of other hosts is a module, and takes a hook.
     """
 
@@ -74,7 +74,8 @@ class AttentionSeam(TorchFunctionMode):
             return self._replace(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             out, none = _multi_head(self._replace, self.where, *args, **kwargs)
-            return out if self.after is None else self.after(out), none
+            turned = out.transpose(0, 1)
+            return out if self.after is None else self.after(turned).transpose(0, 1), none
         return func(*args, **kwargs)
 
     def _replace(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -246,15 +247,29 @@ class LeaveSeam:
             )
 
 
-def hidden(args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Tensor:
+def tokens_first(block: nn.Module) -> bool:
+    """Whether a block takes and gives `[n b c]`, as its `nn.MultiheadAttention` does."""
+    heads = [part for part in block.modules() if isinstance(part, nn.MultiheadAttention)]
+    return any(not part.batch_first for part in heads)
+
+
+def hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], where: str, *, turn: bool = False
+) -> Tensor:
     """The hidden states `[b n c]` among a block's arguments.
+
+    Args:
+        args: its positional arguments and
+        kwargs: those by name.
+        where: its name, for messages.
+        turn: whether it takes them as `[n b c]`.
 
     Raises:
         NotImplementedError: there are none of that shape.
     """
     x = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
     if isinstance(x, Tensor) and x.ndim == 3:
-        return x
+        return x.transpose(0, 1) if turn else x
     shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
     raise NotImplementedError(
         f"Block {where} receives {shape}; expected hidden states [batch tokens channels]. "
@@ -263,9 +278,10 @@ def hidden(args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Tensor:
 
 
 def with_hidden(
-    args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
+    args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, *, turn: bool = False
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a block with other hidden states."""
+    """The arguments of a block with other hidden states `[b n c]`; see `hidden`."""
+    x = x.transpose(0, 1) if turn else x
     if args:
         return (x, *args[1:]), kwargs
     return args, kwargs | {"hidden_states" if "hidden_states" in kwargs else "x": x}

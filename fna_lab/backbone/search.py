@@ -14,8 +14,8 @@ from fna_lab import ops
 from fna_lab.attn.base import AttentionVariant, Removal
 from fna_lab.attn.layers import parse_layers
 from fna_lab.backbone.neurons import NeuronTap
-from fna_lab.backbone.seam import AttentionSeam, Call, Probed, hidden, with_hidden
-from fna_lab.mask.base import Mask
+from fna_lab.backbone.seam import AttentionSeam, Call, Probed, hidden, tokens_first, with_hidden
+from fna_lab.mask.base import Mask, check_block
 from fna_lab.mask.detector.base import Detector, Evidence
 from fna_lab.mask.detector.cls_proxy import ClsProxyDetector
 
@@ -33,7 +33,7 @@ class Search:
         detect: block that the detector reads.
         restart: first block that runs again between rounds.
         rounds: most rounds; 1 = one-shot.
-        per_round: most tokens that a round adds; None = all over the threshold.
+        per_round: most tokens that a round adds; None = all over the threshold, as one-shot.
         pattern: pairs that are taken away while blocks run again.
         stage: before or after softmax.
         early: whether the set must be known before the detection block runs.
@@ -163,6 +163,7 @@ class Finder:
         self.seam = seam
         self.prefix = prefix
         self.has_cls = has_cls
+        self.turn = tokens_first(blocks[0])
         self.counts: list[tuple[Tensor, Tensor]] = []
 
     def look(self, search: Search, state: Pass, x: Tensor, call: Call | None = None) -> None:
@@ -236,7 +237,7 @@ class Finder:
             bias=_as_bias(attn_mask, x.dtype),
             found=None if found is None else found.tokens,
             stage=search.stage,
-            neurons=None if search.neurons is None else search.neurons.read(),
+            neurons=search.neurons and search.neurons.read(only, again=search.restart),
             prepared=search.prepared,
         )
 
@@ -255,8 +256,9 @@ class Finder:
         to `stay`.
         """
         here = state.nth, state.shared
+        self._expect(search.restart, state)
         state.nth, shared = state.restarts[search.restart]
-        x = hidden(*state.calls[search.restart], "")
+        x = self._hidden(search.restart, state)
         state.shared = {key: _of(value, only) for key, value in shared.items()}
         x = _of(x, only)
         for layer in range(search.restart, search.detect):
@@ -266,15 +268,27 @@ class Finder:
         return x
 
     def _run(self, layer: int, state: Pass, again: Again, only: Tensor | None) -> Tensor:
+        self._expect(layer, state)
         args, kwargs = state.calls[layer]
-        batch = hidden(args, kwargs, "").shape[0]
+        batch = self._hidden(layer, state).shape[0]
         if only is not None:
             # Of the other arguments, masks alone know the pictures: [b h|1 n|1 n].
             args, kwargs = tree_map(lambda part: _of_mask(part, only, batch), (args, kwargs))
-        args, kwargs = with_hidden(args, kwargs, again.x)
+        args, kwargs = with_hidden(args, kwargs, again.x, turn=self.turn)
         with self.seam(layer, again):  # forward, not the call: hooks belong to the main pass
             out = self.blocks[layer].forward(*args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        out = out[0] if isinstance(out, tuple) else out
+        return out.transpose(0, 1) if self.turn else out
+
+    def _hidden(self, layer: int, state: Pass) -> Tensor:
+        return hidden(*state.calls[layer], f"{layer}", turn=self.turn)
+
+    def _expect(self, layer: int, state: Pass) -> None:
+        if layer not in state.calls:
+            raise RuntimeError(
+                f"Block {layer} must run again to look for tokens, but it was not seen in this "
+                "forward pass; another patch may have taken it."
+            )
 
     def _check(self, search: Search, tokens: Tensor) -> None:
         if torch.compiler.is_compiling():
@@ -312,8 +326,9 @@ def plan_searches(
     if mask.looks:
         seen = next((d for d in (mask.detect, detect) if d is not None), mask_layers[0])
         again = next((r for r in (mask.restart, restart) if r is not None), min(usual, seen))
-        parse_layers(seen, depth, setting="mask.detect")
-        parse_layers(again, depth, setting="mask.restart")
+        for name, layer in (("detect", seen), ("restart", again)):
+            check_block(f"mask.{name}", layer)
+            parse_layers(layer, depth, setting=f"mask.{name}")
         iterative = mask.rounds > 1 and mask.pattern is not None
         if again > seen:
             raise ValueError(
@@ -333,7 +348,7 @@ def plan_searches(
                 seen,
                 again,
                 rounds=mask.rounds,
-                per_round=mask.per_round,
+                per_round=mask.per_round if mask.schedule == "iterative" else None,
                 pattern=mask.pattern or "type1",
                 stage=mask.stage,
                 early=mask.rewrites,
@@ -352,7 +367,7 @@ def plan_searches(
 
 def _strongest(search: Search, shown: Evidence, new: Tensor) -> tuple[Tensor, Tensor]:
     """The new tokens that a round may add, and how far they stand out."""
-    if not search.iterative:
+    if not search.iterative and search.per_round is None:
         return new, torch.zeros_like(new, dtype=torch.float32)
     scores = search.detector.scores(shown).float()
     if search.per_round is not None:

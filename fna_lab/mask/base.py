@@ -12,6 +12,16 @@ from fna_lab.mask.detector.cls_proxy import ClsProxyDetector
 SCHEDULES = ("oneshot", "iterative")
 
 
+def check_block(setting: str, value: object) -> None:
+    """Raise unless a setting is the index of one block.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{setting}={value!r}: expected the index of one block, from 0 on.")
+
+
 class Mask:
     """Takes a pattern of (query, key) pairs of the detected tokens out of attention.
 
@@ -60,10 +70,12 @@ class Mask:
         if schedule not in SCHEDULES:
             raise ValueError(f"mask.schedule={schedule!r}: expected {' or '.join(SCHEDULES)}.")
         for name, value in (("per_round", per_round), ("max_rounds", max_rounds)):
-            if isinstance(value, bool) or (value is not None and not isinstance(value, int)):
+            unlimited = value is None and name == "per_round"
+            if not unlimited and (type(value) is not int or value < 1):
                 raise ValueError(f"mask.{name}={value!r}: expected an integer >= 1.")
-            if value is not None and value < 1:
-                raise ValueError(f"mask.{name}={value!r}: expected an integer >= 1.")
+        for name, value in (("detect", detect), ("restart", restart)):
+            if value is not None:
+                check_block(f"mask.{name}", value)
         self.stage = stage
         self.detector = detector or ClsProxyDetector()
         self.schedule = schedule
@@ -77,6 +89,11 @@ class Mask:
     def looks(self) -> bool:
         """Whether tokens are looked for at all."""
         return self.acts
+
+    @property
+    def depends(self) -> bool:
+        """Whether what is done depends on the tokens that are found."""
+        return self.looks and self.pattern not in ops.WITHOUT_TOKENS
 
     @property
     def acts(self) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fna_lab import ops
 from fna_lab.mask.base import Mask
+from fna_lab.mask.detector.base import is_number
 
 
 class ProjectionMask(Mask):
@@ -39,13 +40,15 @@ class ProjectionMask(Mask):
         if order not in ops.CORRECTIONS:
             known = " or ".join(ops.CORRECTIONS)
             raise ValueError(f"mask.order={order!r}: expected {known}.")
+        if not is_number(clamp):
+            raise ValueError(f"mask.clamp={clamp!r}: expected a number.")
         self.clamp = clamp
         self.order = order
 
     @property
     def looks(self) -> bool:
         """Whether tokens are looked for at all."""
-        return self.pairs not in ("x_to_x", "x_self")
+        return self.pairs not in ops.WITHOUT_TOKENS
 
     def correct(
         self, weights: Tensor, x: Tensor, v: Tensor, out_weight: Tensor, tokens: Tensor

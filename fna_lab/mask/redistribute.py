@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fna_lab import ops
 from fna_lab.mask.base import Mask
+from fna_lab.mask.detector.base import is_number
 
 
 class RedistributeMask(Mask):
@@ -36,8 +37,8 @@ class RedistributeMask(Mask):
         super().__init__(**common)
         shares = {"keep": keep, "max_share": max_share, "min_patches": min_patches}
         for name, value in shares.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"mask.{name}={value}: expected a number from 0 to 1.")
+            if not is_number(value) or not 0 <= value <= 1:
+                raise ValueError(f"mask.{name}={value!r}: expected a number from 0 to 1.")
         self.shares = shares
 
     def reweigh(self, weights: Tensor, tokens: Tensor, *, num_prefix_tokens: int) -> Tensor:

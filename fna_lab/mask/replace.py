@@ -31,8 +31,10 @@ class ReplaceMask(Mask):
         super().__init__(**common)
         if how not in ops.REPLACEMENTS:
             raise ValueError(f"mask.how={how!r}: expected one of {', '.join(ops.REPLACEMENTS)}.")
-        if not isinstance(window, int) or window < 1 or window % 2 == 0:
+        if type(window) is not int or window < 1 or window % 2 == 0:
             raise ValueError(f"mask.window={window!r}: expected an odd integer >= 1.")
+        if type(seed) is not int:
+            raise ValueError(f"mask.seed={seed!r}: expected an integer.")
         self.how = how
         self.window = window
         self.seed = seed

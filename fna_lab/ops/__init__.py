@@ -74,6 +74,7 @@ from fna_lab.ops.nystrom import (
 from fna_lab.ops.patterns import (
     PATTERNS,
     STAGES,
+    WITHOUT_TOKENS,
     check_pattern,
     masked_attention,
     removed_pairs,
@@ -117,6 +118,7 @@ __all__ = [
     "PATTERNS",
     "REPLACEMENTS",
     "STAGES",
+    "WITHOUT_TOKENS",
     "TOKEN_CLASSES",
     "alignment",
     "attention",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab.ops.checks import check_bool, check_float, default_scale
@@ -198,7 +199,7 @@ def suppression(x: Tensor, v: Tensor, out_weight: Tensor) -> Tensor:
             "Expected x [b n c], v [b h n d] and out_weight [c h*d] to fit, got "
             f"{tuple(x.shape)}, {tuple(v.shape)}, {tuple(out_weight.shape)}."
         )
-    unit = x / x.norm(dim=-1, keepdim=True)
+    unit = F.normalize(x, dim=-1)
     per_head = out_weight.unflatten(1, (heads, dim))  # [c h d]
     # Through the head dim first: O(n c h d + h n^2 d), never [b h n c].
     seen = torch.einsum("bic,chd->bhid", unit, per_head)

@@ -21,6 +21,7 @@ PATTERNS = (
 )
 STAGES = ("mask", "sink")
 EMPTY_ROWS = ("t_to_x", "x_to_x")
+WITHOUT_TOKENS = ("x_self", "x_to_x")  # the same pairs whatever is in T
 
 
 def check_pattern(pattern: str, stage: str, prefix: str = "") -> str:
@@ -154,7 +155,14 @@ def token_rows(tokens: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: `tokens` is not `[b n]`.
     """
     _check_tokens(tokens)
-    largest = int(tokens.sum(1).max()) if tokens.shape[0] else 0
+    counts = tokens.sum(1)
+    if torch.compiler.is_compiling():
+        # One more row, of padding, so that the traced graph need not ask whether there is any.
+        largest = int((counts.max() + 1).clamp(max=tokens.shape[1]))
+        torch._check(largest >= 1)
+        torch._check(largest <= tokens.shape[1])
+    else:
+        largest = int(counts.max()) if tokens.shape[0] else 0
     # Stable: the tokens of T in ascending order first, then padding.
     order = (~tokens).int().sort(dim=1, stable=True).indices[:, :largest]
     return order, tokens.gather(1, order)
@@ -236,7 +244,8 @@ def restore_own_rows(
         ValueError: the stage is unknown.
     """
     check_choice("stage", stage, STAGES)
-    if rows.shape[1] == 0:
+    # Under `torch.compile` the number of rows is not known.
+    if not torch.compiler.is_compiling() and rows.shape[1] == 0:
         return out
     index = rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[-1])
     own_q, own_v = q.gather(2, index), v.gather(2, index)
@@ -277,7 +286,8 @@ def _dense(
     scale: float,
     bias: Tensor | None,
 ) -> Tensor:
-    logits = scale * (q @ k.mT)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = scale * (q.to(wide) @ k.to(wide).mT)
     if bias is not None:
         logits = logits + bias
     removed = removed[:, None]
@@ -286,7 +296,7 @@ def _dense(
         weights = weights.masked_fill(removed.all(-1, keepdim=True), 0)
     else:
         weights = logits.softmax(-1).masked_fill(removed, 0)
-    return weights @ v
+    return weights.to(v.dtype) @ v
 
 
 def _half(tensor: Tensor) -> bool:

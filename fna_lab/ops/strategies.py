@@ -53,9 +53,11 @@ def replace_tokens(
     patches, chosen = x[:, prefix:], tokens[:, prefix:]
     free = ~chosen
     if how == "mean":
-        weight = free[..., None].to(x.dtype)
-        other = (patches * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
-        other = other.expand_as(patches)
+        # Half precision would overflow in the sum, and cannot count beyond 256 or 2048.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        total = patches.to(wide).masked_fill(chosen[..., None], 0).sum(1, keepdim=True)
+        other = total / free.sum(1)[:, None, None].clamp(min=1)
+        other = other.to(x.dtype).expand_as(patches)
     elif how == "permutation":
         generator = torch.Generator().manual_seed(seed)
         size = patches.shape[1]
@@ -117,7 +119,8 @@ def redistribute(
     rest = weights.masked_fill(~other, 0).sum(-1, keepdim=True)
     patches = mass + rest
     changed = (patches >= min_patches) & (mass <= max_share * patches) & (rest > 0)
-    grow = 1 + (1 - keep) * mass / rest.clamp(min=torch.finfo(weights.dtype).tiny)
+    # Rows that stay get a harmless divisor: 0 would spoil the gradient of the others.
+    grow = 1 + (1 - keep) * mass / torch.where(changed, rest, 1)
     moved = torch.where(chosen, keep * weights, torch.where(other, grow * weights, weights))
     return torch.where(changed, moved, weights)
 
@@ -164,7 +167,7 @@ def projection_correction(
     else:
         scale = (clamp - (weights * seen).sum(1)).clamp(min=0)
     scale = scale.masked_fill(~pairs, 0).sum(-1, keepdim=True)
-    return (scale * x / x.norm(dim=-1, keepdim=True)).to(x.dtype)
+    return (scale * F.normalize(x.to(scale.dtype), dim=-1)).to(x.dtype)
 
 
 def _median_neighbour(norms: Tensor, free: Tensor, grid: tuple[int, int], window: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -130,11 +130,17 @@ def token_norms(evidence: Evidence) -> Tensor:
     return norms.masked_fill(~evidence.candidates(), -torch.inf)
 
 
-def check_positive(setting: str, value: object) -> None:
-    """Raise unless a setting of a detector is a number > 0.
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a setting is a number, and no text, switch, list or null."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_positive(setting: str, value: object, *, zero: bool = False) -> None:
+    """Raise unless a setting of a detector is a number > 0, or 0 where that is allowed.
 
     Raises:
         ValueError: naming the setting and its value.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"mask.detector.{setting}={value!r}: expected a number > 0.")
+    if not is_number(value) or not (value >= 0 if zero else value > 0):
+        expected = ">=" if zero else ">"
+        raise ValueError(f"mask.detector.{setting}={value!r}: expected a number {expected} 0.")

@@ -39,9 +39,8 @@ class ClsProxyDetector(Detector):
         finds: str | None = None,
     ) -> None:
         check_positive("ratio", ratio)
-        if not least >= 0:
-            raise ValueError(f"mask.detector.least={least!r}: expected a number >= 0.")
-        if top is not None and (not isinstance(top, int) or top < 1):
+        check_positive("least", least, zero=True)
+        if top is not None and (type(top) is not int or top < 1):
             raise ValueError(f"mask.detector.top={top!r}: expected an integer >= 1 or null.")
         if finds not in (None, "massive", "artifact"):
             raise ValueError(f"mask.detector.finds={finds!r}: expected massive, artifact or null.")

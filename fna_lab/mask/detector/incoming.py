@@ -28,7 +28,7 @@ class IncomingDetector(Detector):
     def __init__(
         self, *, rule: str = "raw", factor: float | None = None, log: bool = False
     ) -> None:
-        if rule not in ops.INCOMING_RULES:
+        if rule not in tuple(ops.INCOMING_RULES):
             known = ", ".join(ops.INCOMING_RULES)
             raise ValueError(f"mask.detector.rule={rule!r}: expected one of {known}.")
         if factor is not None:

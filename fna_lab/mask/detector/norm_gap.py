@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.mask.detector.base import Detector, Evidence, token_norms
+from fna_lab.mask.detector.base import Detector, Evidence, check_positive, token_norms
 
 
 class NormGapDetector(Detector):
@@ -19,8 +19,7 @@ class NormGapDetector(Detector):
     """
 
     def __init__(self, *, min_gap: float = 0.5) -> None:
-        if min_gap < 0:
-            raise ValueError(f"mask.detector.min_gap={min_gap}: expected a number >= 0.")
+        check_positive("min_gap", min_gap, zero=True)
         self.min_gap = min_gap
 
     def __call__(self, evidence: Evidence) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.mask.detector.base import Detector, Evidence, token_norms
+from fna_lab.mask.detector.base import Detector, Evidence, check_positive, token_norms
 
 
 class NormRatioDetector(Detector):
@@ -19,8 +19,7 @@ class NormRatioDetector(Detector):
     """
 
     def __init__(self, *, ratio: float = 3.0) -> None:
-        if not ratio > 0:
-            raise ValueError(f"mask.detector.ratio={ratio}: expected a number > 0.")
+        check_positive("ratio", ratio)
         self.ratio = ratio
 
     def __call__(self, evidence: Evidence) -> Tensor:

@@ -35,8 +35,8 @@ class RegisterNeuronsDetector(Detector):
     ) -> None:
         check_positive("ratio", ratio)
         self.ratio = ratio
-        pairs = [] if neurons is None else [tuple(pair) for pair in neurons]
-        if neurons is not None and (not pairs or not all(map(_is_pair, pairs))):
+        pairs: Sequence[Sequence[int]] = [] if neurons is None else neurons
+        if neurons is not None and not (_is_list(pairs) and pairs and all(map(_is_pair, pairs))):
             raise ValueError(
                 f"mask.detector.neurons={neurons}: expected [[block, neuron], ...], whole numbers "
                 "from 0 on."
@@ -86,7 +86,9 @@ class RegisterNeuronsDetector(Detector):
         return f"ratio={self.ratio}"
 
 
-def _is_pair(pair: tuple[Any, ...]) -> bool:
-    return len(pair) == 2 and all(
-        isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in pair
-    )
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _is_pair(pair: Any) -> bool:
+    return _is_list(pair) and len(pair) == 2 and all(type(x) is int and x >= 0 for x in pair)

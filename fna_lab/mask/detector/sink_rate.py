@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.mask.detector.base import Detector, Evidence
+from fna_lab.mask.detector.base import Detector, Evidence, is_number
 
 
 class SinkRateDetector(Detector):
@@ -24,10 +24,12 @@ class SinkRateDetector(Detector):
     finds = "artifact"
 
     def __init__(self, *, epsilon: float = 0.3, share: float = 0.0) -> None:
-        if not 0 < epsilon < 1:
-            raise ValueError(f"mask.detector.epsilon={epsilon}: expected a number from 0 to 1.")
-        if not 0 <= share < 1:
-            raise ValueError(f"mask.detector.share={share}: expected from 0 to below 1.")
+        if not is_number(epsilon) or not 0 < epsilon < 1:
+            raise ValueError(
+                f"mask.detector.epsilon={epsilon!r}: expected a number between 0 and 1."
+            )
+        if not is_number(share) or not 0 <= share < 1:
+            raise ValueError(f"mask.detector.share={share!r}: expected a number, 0 to below 1.")
         self.epsilon = epsilon
         self.share = share
 
