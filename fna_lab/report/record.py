@@ -91,7 +91,7 @@ def nature(record: Mapping[str, Any]) -> str:
     """What a reader must know of the weights, to stand behind the name; empty for trained ones."""
     if record["backbone"].get("constructed"):
         return " (constructed)"
-    settings = record["config"]["backbone"]
+    settings = record["config"].get("backbone", {})
     random = settings.get("pretrained") is False and not settings.get("checkpoint")
     return " (random weights)" if random else ""
 
