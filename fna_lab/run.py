@@ -120,13 +120,16 @@ def plan(
         depth,
         setting="mask.layers",
     )
-    detect = min(anatomy.detect, masked[0])
+    iterative = mask.rounds > 1 and mask.pattern is not None
+    # An iterative search runs masked blocks before detection again; at once, they come too early.
+    detect = anatomy.detect if iterative else min(anatomy.detect, masked[0])
+    restart = min(anatomy.restart, masked[0]) if iterative else anatomy.restart
     patching = {
         "mask": mask,
         "blocks": backbone.blocks_path,
         "mask_layers": masked,
         "detect": detect,
-        "restart": min(anatomy.restart, detect if mask.detect is None else mask.detect),
+        "restart": min(restart, detect if mask.detect is None else mask.detect),
     }
     solved = None
     if attn.calibration_pictures:

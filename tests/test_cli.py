@@ -232,3 +232,14 @@ def test_errors_reach_the_shell() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 1
     assert done.stderr.strip().startswith("error: attn=foo") and "\n" not in done.stderr.strip()
+
+
+def test_an_iterative_mask_of_blocks_before_detection_still_looks_where_the_backbone_says() -> (
+    None
+):
+    data = ["backbone=planted", "data=planted", "data.count=4", "task=fidelity"]
+    more = ["mask.layers=3-7", "task.cost=false", "trainer=cpu"]
+    (done,) = run(*data, *more, "mask=iterative_masking")
+    mask = json.loads((done / "metrics.json").read_text())["mask"]
+    assert mask["detect"] == 5 and mask["layers"] == [3, 4, 5, 6, 7]
+    assert mask["found"]["rounds"] == mask["found"]["mean"] > 2  # one token a round

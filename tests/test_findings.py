@@ -14,7 +14,6 @@ from fna_lab.backbone.planted import PlantedBackbone
 from fna_lab.backbone.timm import TimmBackbone
 from fna_lab.data.planted import PlantedData
 from fna_lab.finding.base import Mean, compared, named_findings
-from fna_lab.finding.growth_without_attention import NoAttention
 from fna_lab.finding.lab import Lab
 
 NAMES = [finding.name for finding in named_findings()]
@@ -113,7 +112,6 @@ def test_growth_is_that_of_a_chain_of_mlps(planted: Backbone, images: Tensor) ->
     chosen = lab.of_patches(lab.massive())
     wanted = torch.stack([g[c].mean().exp() for g, c in zip(growth, chosen, strict=True)])
     torch.testing.assert_close(found["massive_off"], wanted, rtol=1e-4, atol=1e-6)
-    assert NoAttention().name == "growth_without_attention"
 
 
 def test_a_mean_leaves_out_what_cannot_tell_and_knows_its_uncertainty() -> None:

@@ -242,3 +242,29 @@ class KeyMaskedAttention(AttentionVariant):
                 f"{tuple(attn_mask.shape)}: expected a padding mask [b 1 1 n] or a float bias."
             )
         return None, attn_mask
+
+
+class NoAttention(AttentionVariant):
+    """Attention that is switched off; the bias of the output projection is all that is left."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:  # noqa: ARG002
+        """Zeros, `[b h n d]`."""
+        return torch.zeros_like(v)
+
+
+def attend_without(removal: Removal, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+    """Exact attention under the host's mask, without the pairs that are removed: `[b h n d]`."""
+    bias = context.attn_mask
+    if bias is not None and bias.dtype == torch.bool:
+        bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill(~bias, -torch.inf)
+    return ops.masked_attention(
+        q,
+        k,
+        v,
+        removal.tokens,
+        pattern=removal.pattern,
+        stage=removal.stage,
+        scale=context.scale,
+        bias=bias,
+        rows=(removal.rows, removal.valid),
+    )

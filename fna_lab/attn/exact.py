@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.base import AttentionVariant, Context
+from fna_lab.attn.base import AttentionVariant, Context, attend_without
 
 
 class ExactAttention(AttentionVariant):
@@ -24,16 +23,4 @@ class ExactAttention(AttentionVariant):
             return context.reweigh(weights).to(v.dtype) @ v
         if removal is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=context.scale)
-        if bias is not None and bias.dtype == torch.bool:
-            bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill(~bias, -torch.inf)
-        return ops.masked_attention(
-            q,
-            k,
-            v,
-            removal.tokens,
-            pattern=removal.pattern,
-            stage=removal.stage,
-            scale=context.scale,
-            bias=bias,
-            rows=(removal.rows, removal.valid),
-        )
+        return attend_without(removal, q, k, v, context)

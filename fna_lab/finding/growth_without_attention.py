@@ -5,21 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from fna_lab.attn.base import AttentionVariant, Context
+from fna_lab.attn.base import NoAttention
 from fna_lab.backbone.base import Backbone
 from fna_lab.finding.base import SMALL, Finding, Mean, Plot, Verdict, compared, only
 from fna_lab.finding.lab import Lab
-
-
-class NoAttention(AttentionVariant):
-    """Gives zeros; the bias of the output projection is all that is left."""
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:  # noqa: ARG002
-        """Zeros `[b h n d]`."""
-        return torch.zeros_like(v)
 
 
 class GrowthWithoutAttention(Finding):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.base import AttentionVariant, Context, Removal
+from fna_lab.attn.base import AttentionVariant, Context, Removal, attend_without
 from fna_lab.metric.mass import attention_sums
 
 # The branches of the round-by-round study: stage and pattern; `mask` takes pairs of type 1.
@@ -31,14 +31,6 @@ class Onlooker(AttentionVariant):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=context.scale)
 
 
-class NoAttention(AttentionVariant):
-    """Attention that is switched off: every pair is taken away after softmax."""
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:  # noqa: ARG002
-        """Zeros, `[b h n d]`."""
-        return torch.zeros_like(v)
-
-
 class WithoutTokens(AttentionVariant):
     """Exact attention without tokens that are given, instead of found.
 
@@ -53,20 +45,7 @@ class WithoutTokens(AttentionVariant):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Attend: `[b h n d]` x3 -> `[b h n d]`."""
-        removal, bias = self.removal, context.attn_mask
-        if bias is not None and bias.dtype == torch.bool:
-            bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill(~bias, -torch.inf)
-        return ops.masked_attention(
-            q,
-            k,
-            v,
-            removal.tokens,
-            pattern=removal.pattern,
-            stage=removal.stage,
-            scale=context.scale,
-            bias=bias,
-            rows=(removal.rows, removal.valid),
-        )
+        return attend_without(self.removal, q, k, v, context)
 
     def look(self, q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """How much each token draws under the removal.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from fna_lab.attn.base import NoAttention
 from fna_lab.backbone.patch import patch
 from fna_lab.metric.alignment import alignment_facts, directions, suppression_facts
 from fna_lab.metric.anatomy import (
@@ -23,7 +24,6 @@ from fna_lab.metric.anatomy import (
 )
 from fna_lab.metric.intervention import (
     BRANCHES,
-    NoAttention,
     Onlooker,
     WithoutTokens,
     next_sink,
