@@ -69,6 +69,12 @@ class Context:
     reweigh: Callable[[Tensor], Tensor] | None = None
 
     @property
+    def kept(self) -> Tensor | None:
+        """Tokens that are no padding, bool `[b n]`, by the host's mask; None = all."""
+        kept = ops.kept_tokens(self.attn_mask)
+        return None if kept is None else kept.expand(self.x.shape[0], -1)
+
+    @property
     def removed(self) -> Tensor | None:
         """Keys that nobody else may attend to: T bool `[b n]` of a `mask` stage, else None."""
         return self.removal.tokens if self.removal and self.removal.stage == "mask" else None
@@ -232,9 +238,8 @@ class KeyMaskedAttention(AttentionVariant):
         """The host's mask as (keys that may be attended to `[b n]`, bias of the logits)."""
         if attn_mask is None:
             return None, None
-        if attn_mask.ndim == 4 and attn_mask.shape[1] == attn_mask.shape[2] == 1:
-            keys = attn_mask[:, 0, 0]
-            keys = keys if keys.dtype == torch.bool else torch.isfinite(keys)
+        keys = ops.kept_tokens(attn_mask)
+        if keys is not None:
             return keys.expand(q.shape[0], -1), None
         if attn_mask.dtype == torch.bool:
             raise NotImplementedError(

@@ -60,6 +60,9 @@ class BlockSvdAttention(KeyMaskedAttention):
         if keys is not None:  # what is not kept must not bend the blocks of what is
             labels = labels.masked_fill(~keys, num)
             num += 1
+        if context.kept is not None:  # nor padding the rows of tokens that were taken away
+            labels = labels.masked_fill(~context.kept, num)
+            num += 1
         pattern = ops.block_low_rank(logits.softmax(-1), labels, num, self.rank)
         return (pattern @ v.to(wide)).to(v.dtype)
 

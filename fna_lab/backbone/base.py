@@ -164,6 +164,10 @@ class Backbone(nn.Module):
         """Run the host once, so that some of its blocks can run again; see `Replay`."""
         return Replay(self.blocks, lambda: self(images), first, last)
 
+    def kept(self, images: Tensor) -> Tensor | None:  # noqa: ARG002 (pictures have no padding)
+        """Tokens of the blocks that are no padding, bool `[b n]`; None = all."""
+        return None
+
     def pixels(self, images: Tensor) -> Tensor:
         """Normalised pictures `[b 3 h w]` as bytes to look at, uint8 `[b h w 3]`."""
         mean, std = (images.new_tensor(part)[:, None, None] for part in (self.mean, self.std))

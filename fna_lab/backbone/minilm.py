@@ -82,9 +82,9 @@ class MiniLmBackbone(Backbone):
         self.max_tokens = max_tokens
         self.pool = pool
 
-    def real(self, ids: Tensor) -> Tensor:
+    def kept(self, images: Tensor) -> Tensor:
         """Which tokens are no padding: ids `[b n]` -> bool `[b n]`."""
-        return ids != self.host.config.pad_token_id
+        return images != self.host.config.pad_token_id
 
     def forward(self, images: Tensor) -> Features:
         """Token ids, long `[b max_tokens]` -> features; padded rows of `patches` are 0."""
@@ -93,7 +93,7 @@ class MiniLmBackbone(Backbone):
                 f"backbone=minilm reads token ids, long [b n], got {images.dtype} "
                 f"{tuple(images.shape)}; use data=sentences."
             )
-        real = self.real(images)
+        real = self.kept(images)
         # Of four dimensions, so that transformers hands it on as it is.
         out = self.host(input_ids=images, attention_mask=real[:, None, None])
         tokens = out.last_hidden_state * real[..., None]
@@ -148,11 +148,17 @@ class MiniLmBackbone(Backbone):
         """Channels of a token inside the blocks."""
         return int(self.host.config.hidden_size)
 
+    def pixels(self, images: Tensor) -> Tensor:
+        """There is nothing to look at: a grey pixel a word token, uint8 `[b 1 n 3]`."""
+        return torch.full((len(images), *self.grid, 3), 128, dtype=torch.uint8)
+
     def describe(self) -> dict[str, Any]:
         """Plain facts for `metrics.json`."""
-        facts = super().describe()
-        del facts["img_size"], facts["patch_size"]
-        return facts | {"modality": "text", "max_tokens": self.max_tokens, "pool": self.pool}
+        return super().describe() | {
+            "modality": "text",
+            "max_tokens": self.max_tokens,
+            "pool": self.pool,
+        }
 
 
 def _folder(checkpoint: str | None) -> Path:

@@ -103,6 +103,7 @@ def find_register_neurons(
     outliers: Callable[[Tensor, int], Tensor] | None = None,
     highest: int | None = None,
     sparse_below: float | None = None,
+    kept: Tensor | None = None,
 ) -> list[tuple[int, int]]:
     """The MLP neurons that fire most where the outlier tokens of these pictures are.
 
@@ -121,6 +122,7 @@ def find_register_neurons(
             patch tokens of more than three times the picture's median norm.
         highest: last block whose neurons are looked at; None = up to where outliers are read.
         sparse_below: see `ops.register_neuron_scores`.
+        kept: tokens that are no padding, bool `[b n]`, of which alone outliers are; None = all.
 
     Returns:
         `(layer, neuron)` pairs, the highest score first.
@@ -153,8 +155,10 @@ def find_register_neurons(
             run(pictures)
     finally:
         handle.remove()
-    mark = _heavy if outliers is None else outliers
+    mark = partial(_heavy, kept=kept) if outliers is None else outliers
     tokens = mark(seen[0], prefix)
+    if kept is not None:
+        tokens = tokens & kept.to(tokens.device)
     if not tokens.any():
         raise ValueError(
             f"None of the {len(tokens)} pictures has an outlier token after block {last}, so "
@@ -179,5 +183,5 @@ def find_register_neurons(
     return ops.top_register_neurons(torch.stack([scores[i] for i in layers]), num, layers=layers)
 
 
-def _heavy(x: Tensor, prefix: int) -> Tensor:
-    return ops.norm_ratio(x, prefix=prefix, ratio=3.0)
+def _heavy(x: Tensor, prefix: int, kept: Tensor | None = None) -> Tensor:
+    return ops.norm_ratio(x, prefix=prefix, ratio=3.0, kept=kept)

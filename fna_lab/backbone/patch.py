@@ -24,6 +24,7 @@ from fna_lab.backbone.seam import (
     LeaveSeam,
     Probed,
     hidden,
+    kept_of,
     tokens_first,
     with_hidden,
 )
@@ -284,6 +285,7 @@ class Patch:
             self._pass = Pass(grid=self._pass.grid)
         self._pass.last = layer
         x = given = hidden(args, kwargs, f"{self._path}.{layer}", turn=self._turn)
+        self._pass.kept = kept_of(args, kwargs)
         for search in self.searches:
             if search.probes and layer in search.reruns:
                 self._pass.calls[layer] = args, kwargs
@@ -294,9 +296,9 @@ class Patch:
                 if search.name == "mask" and before:
                     x = self._finder.masked(search, self._pass, before)
         if self.mask.rewrites and layer == self.mask_layers[0]:
-            prefix = self._prefix(x)
-            tokens = self._known("mask", layer).tokens
-            x = self.mask.rewrite(x, tokens, num_prefix_tokens=prefix, grid=self._pass.grid)
+            where = {"num_prefix_tokens": self._prefix(x), "grid": self._pass.grid}
+            tokens, kept = self._known("mask", layer).tokens, self._pass.kept
+            x = self.mask.rewrite(x, tokens, kept=kept, **where)
         self._input = x
         return None if x is given else with_hidden(args, kwargs, x, turn=self._turn)
 

@@ -203,7 +203,7 @@ def _normed(**sizes: float) -> dict[str, float]:
     return {name: math.sqrt(WIDTH) * size / length for name, size in sizes.items()}
 
 
-# The four kinds of token as attention sees them.
+# The kinds of token as attention sees them.
 NORMAL = _normed(const=BASE)
 CLS_TOKEN = _normed(const=BASE, cls=BASE)
 ARTIFACT_TOKEN = _normed(const=BASE, artifact=ARTIFACT_SIZE, mark=MARK, light=0.2)
@@ -248,10 +248,10 @@ def _write_embedding(host: Any, seed: int) -> None:
     conv.weight[list(CONTENT[:2])] = hue_plane()[:, :, None, None] * (0.5 / pixels)
     # The rest are random views of the patch that see neither its light nor its hue.
     generator = torch.Generator().manual_seed(seed)
-    shape = (len(CONTENT) - 2, 3, PATCH_SIZE, PATCH_SIZE)
+    shape = (WIDTH - CONTENT[2], 3, PATCH_SIZE, PATCH_SIZE)
     views = torch.randn(shape, generator=generator)
     views = views - views.mean((2, 3), keepdim=True)
-    conv.weight[list(CONTENT[2:])] = 0.1 * F.normalize(views.flatten(1), dim=1).view(shape)
+    conv.weight[CONTENT[2] :] = 0.1 * F.normalize(views.flatten(1), dim=1).view(shape)
     host.cls_token[0, 0, CONST] = host.cls_token[0, 0, CLS] = BASE
 
 
@@ -325,8 +325,7 @@ def _write_suppression(attn: Any) -> None:
     """Head 3: massive tokens and CLS look at the sinks, the others at CLS."""
     one = _Head(attn, 3)
     # The constants of CLS are its own; of massive tokens nothing but the massive channel is left.
-    others = {CONST: 1 / NORMAL["const"], CLS: -1 / NORMAL["const"]}
-    one.logit(0, others, _cls(APART))
+    one.logit(0, {CONST: 1 / NORMAL["const"], CLS: -1 / NORMAL["const"]}, _cls(APART))
     one.logit(
         1,
         {MASSIVE: 1 / MASSIVE_TOKEN["massive"]},

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fna_lab import ops
+
 Attend = Callable[..., Tensor]
 # Queries, keys, mask and scale of one attention call.
 Call = tuple[Tensor, Tensor, Tensor | None, float]
@@ -285,3 +287,9 @@ def with_hidden(
     if args:
         return (x, *args[1:]), kwargs
     return args, kwargs | {"hidden_states" if "hidden_states" in kwargs else "x": x}
+
+
+def kept_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Tokens that are no padding, bool `[b n]`, by the mask that a block is handed; else None."""
+    masks = (part for part in (*args, *kwargs.values()) if isinstance(part, Tensor))
+    return next((kept for kept in map(ops.kept_tokens, masks) if kept is not None), None)

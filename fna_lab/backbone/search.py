@@ -109,6 +109,7 @@ class Pass:
         last: the block that ran last.
         nth: how many blocks with the attention variant ran.
         grid: (rows, columns) of the patch tokens.
+        kept: tokens that are no padding, bool `[b n]`; None = all.
         found: by the name of the search.
         shared: by attention variants.
         calls: positional and keyword arguments of the blocks that may run again.
@@ -118,6 +119,7 @@ class Pass:
     last: int = -1
     nth: int = 0
     grid: tuple[int, int] | None = None
+    kept: Tensor | None = None
     found: dict[str, Found] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
@@ -201,7 +203,7 @@ class Finder:
             )
         state.found[search.name] = found
         if search.name == "mask":
-            self._check(search, found.tokens)
+            self._check(search, found.tokens, state.kept)
             search.removal(found)  # finds the rows of T once, outside of any timed attention
             self.counts.append((found.tokens.sum(1), found.ranks.amax(1)))
 
@@ -226,6 +228,9 @@ class Finder:
                 call = seen.call
         q, k, attn_mask, scale = call or (None, None, None, 1.0)
         prefix = self.prefix(x)
+        kept = state.kept
+        if kept is not None:
+            kept = (kept if len(kept) == 1 else _of(kept, only)).expand(x.shape[:2])
         return Evidence(
             x,
             prefix,
@@ -237,6 +242,7 @@ class Finder:
             bias=_as_bias(attn_mask, x.dtype),
             found=None if found is None else found.tokens,
             stage=search.stage,
+            kept=kept,
             neurons=search.neurons and search.neurons.read(only, again=search.restart),
             prepared=search.prepared,
         )
@@ -290,15 +296,15 @@ class Finder:
                 "forward pass; another patch may have taken it."
             )
 
-    def _check(self, search: Search, tokens: Tensor) -> None:
+    def _check(self, search: Search, tokens: Tensor, kept: Tensor | None) -> None:
         if torch.compiler.is_compiling():
             return
-        candidates = tokens.shape[1] - self.prefix(tokens)
-        full = (tokens.sum(1) == candidates).nonzero()[:, 0].tolist()
+        candidates = ops.num_kept(kept, tokens.shape[1]) - self.prefix(tokens)
+        full = (tokens.sum(1, keepdim=True) == candidates).nonzero()[:, 0].tolist()
         if full:
             raise ValueError(
                 f"mask.detector={search.detector.name} ({search.detector.threshold}) finds "
-                f"all {candidates} patch tokens of picture(s) {full} of the batch at block "
+                f"all patch tokens of picture(s) {full} of the batch at block "
                 f"{search.detect}, so nothing would be left to attend to; raise its threshold."
             )
 

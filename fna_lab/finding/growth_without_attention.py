@@ -38,13 +38,13 @@ class GrowthWithoutAttention(Finding):
         first = max(anatomy.restart, 1)  # what block 0 receives is not kept
         last = max(anatomy.detect - 1, first)
         off = lab.run(NoAttention(), layers=range(first, last + 1))
-        chosen = lab.of_patches(lab.massive())
+        chosen, others = lab.of_patches(lab.massive()), lab.others(lab.massive())
         found = {}
         for name, trace in (("on", lab.plain()), ("off", off)):
             growth = lab.norms(trace.hidden[last]) / lab.norms(trace.hidden[first - 1])
             growth = growth.double().log()
-            for kind, mine in (("massive", chosen), ("normal", ~chosen)):
-                mean = (growth * mine).sum(1) / mine.sum(1)
+            for kind, mine in (("massive", chosen), ("normal", others)):
+                mean = growth.where(mine, 0.0).sum(1) / mine.sum(1)
                 found[f"{kind}_{name}"] = only(mean.exp(), chosen.any(1))
         return found
 

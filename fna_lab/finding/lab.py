@@ -102,6 +102,7 @@ class Lab:
         self.labels = labels
         self.texts = texts
         self.rounds = rounds
+        self.kept = backbone.kept(images)
         self._traces: dict[object, Trace] = {}
 
     @property
@@ -124,7 +125,7 @@ class Lab:
         chosen = self.of_patches(self.massive())
         before = self.plain().hidden[max(self.backbone.anatomy.detect - 1, 0)]
         norms = self.norms(before)
-        norms = norms / norms.median(1, keepdim=True).values
+        norms = norms / self.medians(norms)
         return {"massive": chosen.sum(1), "norm": (norms * chosen).sum(1) / chosen.sum(1)}
 
     def oneshot(self, pattern: str, stage: str) -> Trace:
@@ -156,7 +157,7 @@ class Lab:
             if context.layer == self.backbone.anatomy.detect:
                 shown = Evidence(
                     context.x, context.num_prefix_tokens, context.has_cls,
-                    q=q, k=k, scale=context.scale, found=tokens, stage=stage,
+                    q=q, k=k, scale=context.scale, found=tokens, stage=stage, kept=context.kept,
                 )  # fmt: skip
                 seen.append(ClsProxyDetector(ratio=1.0).scores(shown).amax(1))
 
@@ -225,8 +226,18 @@ class Lab:
             handle.remove()
 
     def norms(self, x: Tensor) -> Tensor:
-        """Norms of the patch tokens, in at least float32: `[b n c]` -> `[b p]`."""
-        return ops.patch_norms(x, self.backbone.num_prefix_tokens)
+        """Norms of the patch tokens, in at least float32: `[b n c]` -> `[b p]`; padding has 0."""
+        norms = ops.patch_norms(x, self.backbone.num_prefix_tokens)
+        return norms if self.kept is None else norms * ops.patches_of(self.kept, norms)
+
+    def medians(self, norms: Tensor) -> Tensor:
+        """Medians over the patch tokens that are no padding: `[b p]` -> `[b 1]`."""
+        return ops.medians(norms, self.kept)
+
+    def others(self, tokens: Tensor) -> Tensor:
+        """Patch tokens that are neither in a set nor padding: bool `[b n]` -> `[b p]`."""
+        others = ~self.of_patches(tokens)
+        return others if self.kept is None else others & self.of_patches(self.kept)
 
     def of_patches(self, tokens: Tensor) -> Tensor:
         """The part of a token set that patch tokens are: `[b n]` -> `[b p]`."""

@@ -82,7 +82,10 @@ def _others(lab: Lab, massive: Tensor) -> Tensor:
     size, prefix = massive.shape[1], lab.backbone.num_prefix_tokens
     draw = torch.rand(size, generator=torch.Generator().manual_seed(0)).to(massive.device)
     draw[:prefix] = -1
-    order = draw.expand_as(massive).masked_fill(massive, -1).argsort(dim=1, descending=True)
+    draw = draw.expand_as(massive).masked_fill(massive, -1)
+    if lab.kept is not None:
+        draw = draw.masked_fill(~lab.kept, -1)
+    order = draw.argsort(dim=1, descending=True)
     rank = order.argsort(dim=1)
-    free = size - prefix - massive.sum(1, keepdim=True)
+    free = lab.others(massive).sum(1, keepdim=True)
     return rank < torch.minimum(massive.sum(1, keepdim=True), free)

@@ -36,9 +36,12 @@ class NoMassiveInMae(Finding):
         """Largest |activation| over blocks in medians, its size, and whether any is massive."""
         tops, ratios = [], []
         for hidden in lab.plain().hidden:
-            size = hidden.flatten(1).abs().float()
-            tops.append(size.amax(1))
-            ratios.append(tops[-1] / size.median(1).values.clamp(min=LEAST))
+            size = hidden.abs().float()
+            if lab.kept is not None:
+                size = size.masked_fill(~lab.kept[..., None], torch.nan)
+            size = size.flatten(1)
+            tops.append(size.masked_fill(size.isnan(), 0.0).amax(1))
+            ratios.append(tops[-1] / size.nanmedian(1).values.clamp(min=LEAST))
         top, ratio = torch.stack(tops), torch.stack(ratios)
         massive = ((top > SIZE) & (ratio > RATIO)).any(0)
         return {"ratio": ratio.amax(0).double(), "top": top.amax(0).double(),

@@ -33,6 +33,8 @@ class Type1PeakInCls(Finding):
         found = {}
         for name, trace in (("plain", lab.plain()), ("type1", lab.iterative("mask"))):
             size = trace.hidden[-1].abs().amax(2)
+            if lab.kept is not None:
+                size = size * lab.kept
             found[name] = only(size[:, 0] / size[:, prefix:].amax(1), some)
         return found
 

@@ -32,7 +32,7 @@ class Type2ControlsGrowth(Finding):
         some = chosen.any(1)
         traces = {"plain": lab.plain()}
         traces |= {name: lab.without(sinks, name, "sink") for name in ("type1", "type2")}
-        unit = lab.norms(lab.plain().hidden[-1]).median(1).values
+        unit = lab.medians(lab.norms(lab.plain().hidden[-1]))[:, 0]
         return {
             name: only(
                 lab.norms(trace.hidden[-1]).masked_fill(~chosen, -torch.inf).amax(1) / unit, some

@@ -118,8 +118,12 @@ class Mask:
         *,
         num_prefix_tokens: int,  # noqa: ARG002
         grid: tuple[int, int] | None,  # noqa: ARG002
+        kept: Tensor | None = None,  # noqa: ARG002
     ) -> Tensor:
-        """New hidden states `[b n c]` for the first masked block, given T bool `[b n]`."""
+        """New hidden states `[b n c]` for the first masked block, given T bool `[b n]`.
+
+        `kept` bool `[b n]` marks tokens that are no padding; None = all.
+        """
         return x
 
     def reweigh(self, weights: Tensor, tokens: Tensor, *, num_prefix_tokens: int) -> Tensor:  # noqa: ARG002

@@ -40,7 +40,13 @@ class ReplaceMask(Mask):
         self.seed = seed
 
     def rewrite(
-        self, x: Tensor, tokens: Tensor, *, num_prefix_tokens: int, grid: tuple[int, int] | None
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        *,
+        num_prefix_tokens: int,
+        grid: tuple[int, int] | None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """New hidden states `[b n c]`.
 
@@ -60,4 +66,5 @@ class ReplaceMask(Mask):
             grid=grid,
             window=self.window,
             seed=self.seed,
+            kept=kept,
         )

@@ -37,13 +37,21 @@ class SetAgreement(Metric):
         self.add_state("ranks", zeros, dist_reduce_fx="sum")
 
     def update(
-        self, first: Tensor, second: Tensor, first_scores: Tensor, second_scores: Tensor
+        self,
+        first: Tensor,
+        second: Tensor,
+        first_scores: Tensor,
+        second_scores: Tensor,
+        kept: Tensor | None = None,
     ) -> None:
-        """Add a batch of sets, bool `[*shape b p]`, and of their scores, or what broadcasts."""
+        """Add a batch of sets, bool `[*shape b p]`, and of their scores, or what broadcasts.
+
+        `kept` bool `[b p]` marks tokens that are no padding; None = all.
+        """
         counts = ops.set_counts(first, second)
         for name, count in zip(("both", "first", "second"), counts, strict=True):
             setattr(self, name, getattr(self, name) + count.sum(-1))
-        ranks = ops.rank_correlation(first_scores, second_scores)
+        ranks = ops.rank_correlation(first_scores, second_scores, kept)
         self.ranks = self.ranks + ranks.nan_to_num(0.0).sum(-1)
         self.ranked = self.ranked + (~ranks.isnan()).sum(-1)
 
@@ -54,7 +62,11 @@ class SetAgreement(Metric):
 
 
 def by_picture(
-    first: Tensor, second: Tensor, first_scores: Tensor, second_scores: Tensor
+    first: Tensor,
+    second: Tensor,
+    first_scores: Tensor,
+    second_scores: Tensor,
+    kept: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """`iou` and `spearman` of each picture, `[*shape b]`; NaN = undefined.
 
@@ -63,10 +75,11 @@ def by_picture(
         second: those that they are compared with.
         first_scores: scores of the first.
         second_scores: scores of the second.
+        kept: tokens that are no padding, bool `[b p]`; None = all.
     """
     return {
         "iou": ops.set_agreement(*ops.set_counts(first, second))["iou"],
-        "spearman": ops.rank_correlation(first_scores, second_scores),
+        "spearman": ops.rank_correlation(first_scores, second_scores, kept),
     }
 
 

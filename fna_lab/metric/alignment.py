@@ -57,7 +57,13 @@ def suppression_facts(
 
 
 def alignment_facts(
-    q: Tensor, k: Tensor, v: Tensor, x: Tensor, out_weight: Tensor, members: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    out_weight: Tensor,
+    members: Tensor,
+    kept: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Directions of queries, keys and values, by class.
 
@@ -68,13 +74,14 @@ def alignment_facts(
         x: a block's input `[b n c]`.
         out_weight: weight of the output projection `[c h*d]`.
         members: bool `[b n k]`.
+        kept: queries that are no padding, bool `[b n]`; None = all.
 
     Returns:
         `qk/<class>` `[b]`: cosine of a head's mean query with the keys of the class, mean over
         heads; `qk` `[b h k]`: by head. `ov/<class>` `[b]`: cosine of W_o v_j with x_j itself;
         `ov` `[b k k]`: with the x_i of each class (receiver, sender).
     """
-    qk = ops.qk_alignment(q.float(), k.float())
+    qk = ops.qk_alignment(q.float(), k.float(), kept)
     qk = ops.class_mean(qk.transpose(1, 2), members).transpose(1, 2)  # [b h k]
     ov = ops.ov_alignment(x.float(), v.float(), out_weight.float(), members)
     facts = by_class("qk", qk.mean(1)) | by_class("ov", ov[..., -1])

@@ -53,16 +53,19 @@ def token_facts(sums: Sums, context: Context, objects: Tensor | None = None) -> 
         medians. `top_on_background`: whether no object covers it. Where there is a CLS:
         `massive_cls_proxy` (0.3), `sinks_cls_proxy` (1.0), `cls_to_itself`: the weight.
     """
-    prefix, x = context.num_prefix_tokens, context.x
+    prefix, x, kept = context.num_prefix_tokens, context.x, context.kept
     norms = x[:, prefix:].float().norm(dim=-1)
-    norms = norms / norms.median(dim=1, keepdim=True).values
+    norms = norms / ops.medians(norms, kept)
+    if kept is not None:
+        norms = norms * kept[:, prefix:]
+    gap = ops.norm_gap(x, prefix=prefix, per_picture=True, min_gap=0.5, kept=kept)
     incoming = sums.incoming.mean(1)[:, prefix:]
     share, top = incoming.max(dim=1)
     facts = {
         "largest_norm": norms.amax(1),
-        "massive_norm_ratio": ops.norm_ratio(x, prefix=prefix, ratio=3.0).sum(1),
-        "massive_norm_gap": ops.norm_gap(x, prefix=prefix, per_picture=True, min_gap=0.5).sum(1),
-        "top_incoming": share * sums.incoming.shape[-1],
+        "massive_norm_ratio": ops.norm_ratio(x, prefix=prefix, ratio=3.0, kept=kept).sum(1),
+        "massive_norm_gap": gap.sum(1),
+        "top_incoming": share * (x.shape[1] if kept is None else kept.sum(1)),
         "top_norm": norms.gather(1, top[:, None])[:, 0],
     }
     if objects is not None:
@@ -77,12 +80,13 @@ def token_facts(sums: Sums, context: Context, objects: Tensor | None = None) -> 
     return {name: value.double() for name, value in facts.items()}
 
 
-def norm_facts(x: Tensor, members: Tensor) -> dict[str, Tensor]:
+def norm_facts(x: Tensor, members: Tensor, kept: Tensor | None = None) -> dict[str, Tensor]:
     """Norms and largest activations by class.
 
     Args:
         x: a block's input `[b n c]`.
         members: bool `[b n k]`.
+        kept: tokens that are no padding, bool `[b n]`; None = all.
 
     Returns:
         Each `[b]`, in the host's own units, NaN where a picture has none of the class.
@@ -93,22 +97,40 @@ def norm_facts(x: Tensor, members: Tensor) -> dict[str, Tensor]:
     Source: Sun et al. 2024 (largest activations against the median).
     """
     x = x.float()
+    sizes = x.abs()
+    if kept is not None:
+        x = x.masked_fill(~kept[..., None], 0.0)
+        sizes = sizes.masked_fill(~kept[..., None], torch.nan)
     top, places = ops.top_activations(x, 3)
     facts = by_class("norms", ops.class_mean(x.norm(dim=-1), members))
     facts |= by_class("activations", ops.class_max(x.abs().amax(-1), members))
     facts |= {"activations/second": top[:, 1], "activations/third": top[:, 2]}
-    facts["activations/median"] = x.abs().flatten(1).median(1).values
+    sizes = sizes.flatten(1)
+    median = sizes.median(1) if kept is None else sizes.nanmedian(1)
+    facts["activations/median"] = median.values
     return facts | {"top_channel": (places[:, 0] % x.shape[2]).double()}
 
 
-def members_of(massive: Tensor, artifact: Tensor, *, prefix: int, has_cls: bool) -> Tensor:
-    """Which token is in which class, bool `[b n k]`, from the sets found, bool `[b n]` each."""
-    return ops.class_members(ops.token_classes(massive, artifact, prefix=prefix, has_cls=has_cls))
+def members_of(
+    massive: Tensor,
+    artifact: Tensor,
+    *,
+    prefix: int,
+    has_cls: bool,
+    kept: Tensor | None = None,
+) -> Tensor:
+    """Which token is in which class, bool `[b n k]`, from the sets found, bool `[b n]` each.
+
+    Tokens that are not in `kept`, bool `[b n]`, are padding and in no class; None = all are kept.
+    """
+    classes = ops.token_classes(massive, artifact, prefix=prefix, has_cls=has_cls)
+    members = ops.class_members(classes)
+    return members if kept is None else members & kept[..., None]
 
 
-def components(x: Tensor) -> tuple[Tensor, Tensor]:
+def components(x: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Up to three principal components of patch tokens `[b p c]`; see `principal_components`."""
-    return ops.principal_components(x, min(3, *x.shape[1:]))
+    return ops.principal_components(x, min(3, *x.shape[1:]), kept)
 
 
 def some_of_each(members: Tensor, num: int) -> Tensor:
@@ -117,12 +139,13 @@ def some_of_each(members: Tensor, num: int) -> Tensor:
     All that stand out, up to half of them, and normal ones evenly spread.
 
     Args:
-        members: bool `[n k]`, normal tokens last.
+        members: bool `[n k]`, normal tokens last; what is in no class, padding, is left out.
         num: how many.
     """
-    normal = members[:, -1]
-    order = members.int().argmax(-1).sort(stable=True).indices  # normal tokens come last
-    split = int((~normal).sum())
+    there, normal = members.any(-1), members[:, -1]
+    classes = members.int().argmax(-1).masked_fill(~there, members.shape[1])
+    order = classes.sort(stable=True).indices[: int(there.sum())]  # normal tokens come last
+    split = int((there & ~normal).sum())
     special, rest = order[:split][: num // 2], order[split:]
     count = min(len(rest), num - len(special))
     picks = torch.linspace(0, max(0, len(rest) - 1), count, device=rest.device).round().long()

@@ -8,6 +8,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from fna_lab import ops
+
 
 class LayerError(Metric):
     """Mean relative error of the hidden states, layer by layer.
@@ -66,16 +68,21 @@ class NeighbourAgreement(Metric):
         return (nearest[0] == nearest[1]).double().mean()
 
 
-def relative_errors(exact: list[Tensor], patched: list[Tensor]) -> Tensor:
+def relative_errors(
+    exact: list[Tensor], patched: list[Tensor], kept: Tensor | None = None
+) -> Tensor:
     """||patched - exact|| / ||exact|| of each picture and layer.
 
     Args:
         exact: hidden states of the layers, each `[b n c]`.
         patched: the same of the patched model.
+        kept: tokens that are no padding, bool `[b n]`; None = all.
 
     Returns:
         `[b layers]`, float64.
     """
+    if kept is not None:
+        exact, patched = ([x * kept[..., None] for x in some] for some in (exact, patched))
     return torch.stack(
         [
             (p.double() - e.double()).flatten(1).norm(dim=1)
@@ -84,6 +91,14 @@ def relative_errors(exact: list[Tensor], patched: list[Tensor]) -> Tensor:
         ],
         dim=1,
     )
+
+
+def mean_over(values: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Mean of patch tokens `[b p]` -> `[b]`, over those of `kept` bool `[b n]`; None = all."""
+    if kept is None:
+        return values.mean(1)
+    mine = ops.patches_of(kept, values)
+    return (values * mine).sum(1) / mine.sum(1)
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -71,11 +71,15 @@ class WithoutTokens(AttentionVariant):
             )
             share = ops.incoming_share(
                 q, k, prefix=prefix, scale=context.scale, bias=context.attn_mask, found=gone,
-                stage=stage,
+                stage=stage, kept=context.kept,
             )  # fmt: skip
+            if context.kept is not None:
+                gone = gone | ~context.kept
             _, shares = ops.incoming_sinks(share, prefix=prefix, found=gone)
             score = shares / ops.INCOMING_RULES["raw"]
         taken = self.removal.tokens.clone()
+        if context.kept is not None:
+            taken |= ~context.kept
         taken[:, : context.num_prefix_tokens] = True
         return drawn, score.masked_fill(taken, -torch.inf)
 
@@ -87,7 +91,12 @@ def next_sink(score: Tensor) -> Tensor:
 
 
 def round_facts(
-    drawn: Tensor, score: Tensor, x: Tensor, removed: Tensor, num_prefix_tokens: int
+    drawn: Tensor,
+    score: Tensor,
+    x: Tensor,
+    removed: Tensor,
+    num_prefix_tokens: int,
+    kept: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """What one round shows of sinks and norms.
 
@@ -97,6 +106,7 @@ def round_facts(
         x: hidden states at the detection block `[b n c]`.
         removed: tokens that are taken out, bool `[b n]`.
         num_prefix_tokens: CLS and registers before the patch tokens.
+        kept: tokens that are no padding, bool `[b n]`; None = all.
 
     Returns:
         Each `[b]`. `top_sink`: share of all attention that the strongest patch token draws.
@@ -104,7 +114,9 @@ def round_facts(
         medians of all patch tokens, NaN without any. `norm_largest`: of the patch tokens left.
     """
     norms = ops.patch_norms(x, num_prefix_tokens)
-    norms = norms / norms.median(1, keepdim=True).values
+    norms = norms / ops.medians(norms, kept)
+    if kept is not None:
+        norms = norms * ops.patches_of(kept, norms)
     gone = removed[:, num_prefix_tokens:]
     return {
         "top_sink": drawn.masked_fill(~torch.isfinite(score), 0).amax(1),

@@ -52,7 +52,8 @@ class Sums:
     """The attention of a block, summed up.
 
     Attributes:
-        incoming: attention that each token draws, mean over queries `[b h n]`.
+        incoming: attention that each token draws, mean over the queries that are no padding
+            `[b h n]`.
         first: attention of token 0, which is CLS where there is one `[b h n]`.
         mass: sum over the pairs of each two classes (query, key) `[b h k k]`.
         pushed: the same of attention times the suppression matrix, None where not asked for.
@@ -80,7 +81,7 @@ def attention_sums(
         q: queries `[b h n d]`.
         k: keys `[b h n d]`.
         context: of the block.
-        members: classes of the tokens, bool `[b n k]`.
+        members: classes of the tokens, bool `[b n k]`; padding is in none.
         seen: directions of the tokens as the values see them `[b h n d]`, see `directions`.
         v: values `[b h n d]`; with `seen` they give the suppression matrix, row by row.
         piece: most entries of the attention matrix at once.
@@ -89,6 +90,7 @@ def attention_sums(
         The sums; each picture's depend on itself alone.
     """
     batch, heads, n, _ = q.shape
+    kept = context.kept
     together = max(1, piece // (heads * n * n))
     rows = max(1, min(n, piece // (heads * n)))
     found: list[Sums] = []
@@ -101,14 +103,16 @@ def attention_sums(
             part = slice(start, start + rows)
             weights = attention_pattern(q, k, context, pictures=pictures, rows=part)
             first = weights[:, :, 0] if first is None else first
-            incoming = incoming + weights.sum(2)
+            asking = weights if kept is None else weights * kept[pictures, None, part, None]
+            incoming = incoming + asking.sum(2)
             mass = mass + ops.class_sums(weights, keys[:, part], keys)
             if seen is not None and v is not None:
                 push = seen[pictures, :, part].to(weights) @ v[pictures].to(weights).mT
                 pushed = pushed + ops.class_sums(weights * push, keys[:, part], keys)
         assert first is not None and isinstance(mass, Tensor) and isinstance(incoming, Tensor)
+        count = n if kept is None else kept[pictures].sum(1)[:, None, None]
         found.append(
-            Sums(incoming / n, first, mass, pushed if isinstance(pushed, Tensor) else None)
+            Sums(incoming / count, first, mass, pushed if isinstance(pushed, Tensor) else None)
         )
     pushes = [part.pushed for part in found if part.pushed is not None]
     return Sums(
@@ -149,7 +153,7 @@ def mass_facts(sums: Sums, members: Tensor) -> dict[str, Tensor]:
     """
     total = sums.mass.mean(1)
     count = members.sum(1).to(total.dtype)
-    share = total.sum(1) / members.shape[1]
+    share = total.sum(1) / _tokens(members)
     flow = torch.where(count[..., None] > 0, total / count[..., None], torch.nan)
     facts = by_class("mass", share.where(count > 0, torch.nan))
     return facts | {"mass": share, "flow": flow}
@@ -158,7 +162,7 @@ def mass_facts(sums: Sums, members: Tensor) -> dict[str, Tensor]:
 def incoming_facts(sums: Sums, members: Tensor) -> dict[str, Tensor]:
     """`incoming/<class>` `[b]`: attention that a token of the class draws, in uniform shares."""
     drawn = sums.incoming.mean(1)
-    return by_class("incoming", ops.class_mean(drawn * drawn.shape[1], members))
+    return by_class("incoming", ops.class_mean(drawn * _tokens(members), members))
 
 
 def sink_facts(
@@ -193,6 +197,11 @@ def sink_facts(
     share = torch.stack(shares, dim=-1)
     heads = (share > epsilon).to(share.dtype).where(~share.isnan(), torch.nan)
     return facts | {"sink_heads": heads, "sink_shares": share}
+
+
+def _tokens(members: Tensor) -> Tensor:
+    """How many tokens of each picture are in a class at all, long `[b 1]`: padding is in none."""
+    return members.any(-1).sum(1, keepdim=True)
 
 
 def by_class(group: str, values: Tensor) -> dict[str, Tensor]:

@@ -70,12 +70,13 @@ def average_ranks(values: Tensor) -> Tensor:
     return ((below + up_to + 1).double() / 2).reshape(values.shape)
 
 
-def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
+def rank_correlation(first: Tensor, second: Tensor, kept: Tensor | None = None) -> Tensor:
     """Spearman's rank correlation along the last dimension.
 
     Args:
         first: `[... n]`.
         second: of the same shape or one that broadcasts to it.
+        kept: entries that are no padding, bool `[... n]` or what broadcasts; None = all.
 
     Returns:
         `[...]` from -1 to 1, in double precision; NaN where one of them is constant.
@@ -86,10 +87,20 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
 
     Source: Spearman 1904; ties share their mean rank.
     """
-    first, second = average_ranks(first), average_ranks(second)
-    first, second = _pair(first, second, "first", "second")
-    first = first - first.mean(-1, keepdim=True)
-    second = second - second.mean(-1, keepdim=True)
+    if kept is None:
+        first, second = average_ranks(first), average_ranks(second)
+        first, second = _pair(first, second, "first", "second")
+        first = first - first.mean(-1, keepdim=True)
+        second = second - second.mean(-1, keepdim=True)
+    else:
+        # Above all others, padding leaves their ranks as they are.
+        first, second = (
+            average_ranks(torch.where(kept, one, torch.inf)) * kept for one in (first, second)
+        )
+        first, second = _pair(first, second, "first", "second")
+        count = kept.sum(-1, keepdim=True)
+        first = (first - first.sum(-1, keepdim=True) / count) * kept
+        second = (second - second.sum(-1, keepdim=True) / count) * kept
     scale = (first.square().sum(-1) * second.square().sum(-1)).sqrt()
     return (first * second).sum(-1) / scale
 

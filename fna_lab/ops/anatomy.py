@@ -150,12 +150,13 @@ def class_suppression(x: Tensor, v: Tensor, out_weight: Tensor, members: Tensor)
     return torch.einsum("bkc,hcd,bhld->bhkl", unit, weight.to(unit.dtype), value)
 
 
-def qk_alignment(q: Tensor, k: Tensor) -> Tensor:
+def qk_alignment(q: Tensor, k: Tensor, kept: Tensor | None = None) -> Tensor:
     """Cosine between the mean query of a head and each key.
 
     Args:
         q: queries `[b h n d]`.
         k: keys `[b h n d]`.
+        kept: queries that are no padding, bool `[b n]`; None = all.
 
     Returns:
         `[b h n]`.
@@ -166,7 +167,11 @@ def qk_alignment(q: Tensor, k: Tensor) -> Tensor:
     """
     check_float("q", q, 4, "[b h n d]")
     check_float("k", k, 4, "[b h n d]")
-    return torch.cosine_similarity(q.mean(2, keepdim=True), k, dim=-1)
+    if kept is None:
+        return torch.cosine_similarity(q.mean(2, keepdim=True), k, dim=-1)
+    check_bool("kept", kept, (q.shape[0], q.shape[2]))
+    mean = (q * kept[:, None, :, None]).sum(2, keepdim=True) / kept.sum(1)[:, None, None, None]
+    return torch.cosine_similarity(mean, k, dim=-1)
 
 
 def ov_alignment(x: Tensor, v: Tensor, out_weight: Tensor, members: Tensor) -> Tensor:
@@ -196,12 +201,15 @@ def ov_alignment(x: Tensor, v: Tensor, out_weight: Tensor, members: Tensor) -> T
     return torch.cat([pairs, own], dim=-1)
 
 
-def principal_components(x: Tensor, num: int = 3) -> tuple[Tensor, Tensor]:
+def principal_components(
+    x: Tensor, num: int = 3, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Projection of the tokens of a picture on their own principal components.
 
     Args:
         x: features `[b p c]`.
         num: how many components.
+        kept: tokens that are no padding, bool `[b p]`; None = all. Others score 0.
 
     Returns:
         Scores `[b p num]` in float64, and the share of the variance that each component explains
@@ -214,7 +222,13 @@ def principal_components(x: Tensor, num: int = 3) -> tuple[Tensor, Tensor]:
     check_float("x", x, 3, "[b p c]")
     if isinstance(num, bool) or not isinstance(num, int) or not 1 <= num <= min(x.shape[1:]):
         raise ValueError(f"Expected num to be from 1 to {min(x.shape[1:])}, got {num!r}.")
-    centred = x.double() - x.double().mean(1, keepdim=True)
+    if kept is None:
+        centred = x.double() - x.double().mean(1, keepdim=True)
+    else:
+        check_bool("kept", kept, tuple(x.shape[:2]))
+        mine = x.double() * kept[..., None]
+        centred = mine - mine.sum(1, keepdim=True) / kept.sum(1)[:, None, None]
+        centred = centred * kept[..., None]
     values, vectors = torch.linalg.eigh(centred.mT @ centred)  # ascending
     scores = centred @ vectors.flip(-1)[..., :num]
     largest = scores.gather(1, scores.abs().argmax(1, keepdim=True))

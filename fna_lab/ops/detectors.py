@@ -7,10 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab.ops.checks import check_bool, check_float, default_scale
+from fna_lab.ops.padding import medians, patches_of
 
 
 def norm_gap(
-    x: Tensor, *, prefix: int = 1, per_picture: bool = False, min_gap: float = 0.0
+    x: Tensor,
+    *,
+    prefix: int = 1,
+    per_picture: bool = False,
+    min_gap: float = 0.0,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """Massive patch tokens: those above the largest gap of the sorted log norms.
 
@@ -23,6 +29,7 @@ def norm_gap(
         prefix: number of prefix tokens, which are never massive.
         per_picture: look for the gap in each picture on its own.
         min_gap: least gap, in natural log units (0.7 = a factor of two).
+        kept: tokens that are no padding, bool `[b n]`; None = all.
 
     Returns:
         bool `[b n]`, prefix tokens False.
@@ -34,6 +41,11 @@ def norm_gap(
     Source: Fast Nystroem Attention's companion study of massive tokens (norm-gap heuristic).
     """
     norms = patch_norms(x, prefix).log()
+    if kept is not None:
+        # As low as the lowest, padding opens no gap and lies above none.
+        mine = patches_of(kept, norms)
+        lowest = norms.masked_fill(~mine, torch.inf).amin(1, keepdim=True)
+        norms = torch.where(mine, norms, lowest if per_picture else lowest.amin())
     pooled = norms if per_picture else norms.reshape(1, -1)
     ordered = pooled.sort(dim=1).values
     gaps = ordered.diff(dim=1)
@@ -43,13 +55,16 @@ def norm_gap(
     return _with_prefix((norms > threshold) & wide_enough, prefix)
 
 
-def norm_ratio(x: Tensor, *, prefix: int = 1, ratio: float = 5.0) -> Tensor:
+def norm_ratio(
+    x: Tensor, *, prefix: int = 1, ratio: float = 5.0, kept: Tensor | None = None
+) -> Tensor:
     """Massive patch tokens: those whose norm exceeds `ratio` times the picture's median.
 
     Args:
         x: hidden states `[b n c]`.
         prefix: number of prefix tokens, which are never massive.
         ratio: threshold in units of the median patch norm.
+        kept: tokens that are no padding, bool `[b n]`; None = all.
 
     Returns:
         bool `[b n]`, prefix tokens False.
@@ -63,7 +78,8 @@ def norm_ratio(x: Tensor, *, prefix: int = 1, ratio: float = 5.0) -> Tensor:
     if not ratio > 0:
         raise ValueError(f"Expected ratio to be > 0, got {ratio!r}.")
     norms = patch_norms(x, prefix)
-    return _with_prefix(norms > ratio * norms.median(1, keepdim=True).values, prefix)
+    found = norms > ratio * medians(norms, kept)
+    return _with_prefix(found if kept is None else found & patches_of(kept, norms), prefix)
 
 
 def norm_fixed(x: Tensor, *, prefix: int = 1, norm: float) -> Tensor:

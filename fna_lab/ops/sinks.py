@@ -69,11 +69,13 @@ def incoming_by_head(
     bias: Tensor | None = None,
     found: Tensor | None = None,
     stage: str = "mask",
+    kept: Tensor | None = None,
     chunk: int = 256,
 ) -> Tensor:
     """Attention that each token draws in each head: alpha_k = mean_i A[i, k].
 
     Args:
+        kept: queries that are no padding, bool `[b n]`; None = all.
         chunk: queries at a time, so that `[b h n n]` never exists; the rest as for
             `attention_rows`.
 
@@ -88,11 +90,12 @@ def incoming_by_head(
     Source: Gu et al. 2024, "When Attention Sink Emerges in Language Models", without the causal
     factor.
     """
+    asks = _asks(q, kept)
     total = q.new_zeros((), dtype=torch.promote_types(q.dtype, torch.float32))
     for rows in _chunks(q.shape[2], chunk):
         weights = attention_rows(q, k, rows, scale=scale, bias=bias, found=found, stage=stage)
-        total = total + weights.sum(2)
-    return total / q.shape[2]
+        total = total + (weights if asks is None else weights * asks[:, None, rows]).sum(2)
+    return total / q.shape[2] if asks is None else total / asks.sum(1)[:, None]
 
 
 def incoming_share(
@@ -104,6 +107,7 @@ def incoming_share(
     bias: Tensor | None = None,
     found: Tensor | None = None,
     stage: str = "mask",
+    kept: Tensor | None = None,
     chunk: int = 256,
 ) -> Tensor:
     """Share of the others' attention that each patch token draws, prefix tokens left aside.
@@ -113,6 +117,7 @@ def incoming_share(
 
     Args:
         prefix: number of prefix tokens; with CLS alone this is the published form.
+        kept: queries that are no padding, bool `[b n]`; None = all.
         chunk: queries at a time, so that `[b h n n]` never exists; the rest as for
             `attention_rows`.
 
@@ -126,6 +131,7 @@ def incoming_share(
     Source: the incoming-attention rules of Fast Nystroem Attention's companion study.
     """
     tokens = q.shape[2]
+    asks = _asks(q, kept)
     place = torch.arange(tokens, device=q.device)
     total = q.new_zeros((), dtype=torch.promote_types(q.dtype, torch.float32))
     for rows in _chunks(tokens, chunk):
@@ -133,8 +139,9 @@ def incoming_share(
         weights = weights.mean(1).masked_fill(place < prefix, 0.0)
         tiny = torch.finfo(weights.dtype).tiny  # a row may lose everything after softmax
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=tiny)
-        total = total + weights.masked_fill(place[rows, None] == place, 0.0).sum(1)
-    return total / tokens
+        weights = weights.masked_fill(place[rows, None] == place, 0.0)
+        total = total + (weights if asks is None else weights * asks[:, rows]).sum(1)
+    return total / tokens if asks is None else total / asks.sum(1)
 
 
 def incoming_sinks(
@@ -235,6 +242,14 @@ def standard_scores(values: Tensor, allowed: Tensor) -> Tensor:
     off = off.masked_fill(~allowed, 0.0)
     deviation = (off.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
     return torch.where(deviation > 0, off / deviation, torch.zeros_like(off))
+
+
+def _asks(q: Tensor, kept: Tensor | None) -> Tensor | None:
+    """1 for queries that are no padding, else 0: `[b n 1]`; None = all are none."""
+    if kept is None:
+        return None
+    check_bool("kept", kept, (q.shape[0], q.shape[2]))
+    return kept[..., None].to(torch.promote_types(q.dtype, torch.float32))
 
 
 def _chunks(tokens: int, chunk: int) -> Iterator[slice]:

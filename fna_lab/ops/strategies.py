@@ -22,6 +22,7 @@ def replace_tokens(
     grid: tuple[int, int] | None = None,
     window: int = 7,
     seed: int = 0,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """Put other tokens in the place of T.
 
@@ -37,6 +38,8 @@ def replace_tokens(
         grid: (rows, columns) of the patch tokens; only `median` needs it.
         window: side of the window of `median`, odd, in patches.
         seed: of the draw, which depends on the number of tokens alone.
+        kept: tokens that are no padding, bool `[b n]`; padding is never put anywhere, and the draw
+            does not depend on how much of it there is. None = all.
 
     Returns:
         `[b n c]`, equal to `x` outside of T.
@@ -52,6 +55,9 @@ def replace_tokens(
     check_choice("how", how, REPLACEMENTS)
     patches, chosen = x[:, prefix:], tokens[:, prefix:]
     free = ~chosen
+    if kept is not None:
+        check_bool("kept", kept, tuple(x.shape[:2]))
+        free = free & kept[:, prefix:]
     if how == "mean":
         # Half precision would overflow in the sum, and cannot count beyond 256 or 2048.
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -63,6 +69,8 @@ def replace_tokens(
         size = patches.shape[1]
         # One order of candidates a position; the first that is not in T is taken.
         draw = torch.rand(size, size, generator=generator).to(x.device)
+        if kept is not None:
+            draw = _in_shells(draw)
         source = draw.masked_fill(~free[:, None], -1).argmax(2)  # [b p]
         other = patches.gather(1, source[..., None].expand_as(patches))
     else:
@@ -168,6 +176,13 @@ def projection_correction(
         scale = (clamp - (weights * seen).sum(1)).clamp(min=0)
     scale = scale.masked_fill(~pairs, 0).sum(-1, keepdim=True)
     return (scale * F.normalize(x.to(scale.dtype), dim=-1)).to(x.dtype)
+
+
+def _in_shells(draw: Tensor) -> Tensor:
+    """A square of numbers `[p p]` in an order in which a larger square begins with a smaller."""
+    place = torch.arange(draw.shape[0], device=draw.device)
+    outer = torch.maximum(place[:, None], place)
+    return draw.flatten()[outer * outer + outer + place[:, None] - place]
 
 
 def _median_neighbour(norms: Tensor, free: Tensor, grid: tuple[int, int], window: int) -> Tensor:

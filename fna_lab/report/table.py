@@ -91,9 +91,9 @@ def _heading(record: Mapping[str, Any]) -> Text:
     backbone, data, config = record["backbone"], record["data"], record["config"]
     text = Text()
     text.append(f"{record['task']}", style="bold")
-    text.append(f" of {data['count']} pictures of {data['name']}")
+    text.append(f" of {data['count']} {_samples(backbone)} of {data['name']}")
     text.append(" (synthetic)\n" if data.get("synthetic") else "\n")
-    text.append(f"backbone  {backbone['name']}{nature(record)}: {backbone['img_size']} px, ")
+    text.append(f"backbone  {backbone['name']}{nature(record)}: {_size(backbone)}, ")
     text.append(f"{backbone['num_tokens']} tokens, {backbone['depth']} blocks\n")
     settings = config["attn"]
     if record.get("budget"):  # what the setting says was not used
@@ -107,7 +107,8 @@ def _heading(record: Mapping[str, Any]) -> Text:
         found = mask["found"]
         text.append(f" ({mask['stage']}) in blocks {_range(mask['layers'])}; {mask['detector']} ")
         text.append(f"({mask['threshold']}) at block {mask['detect']} finds ")
-        text.append(f"{found['mean']:.2f} tokens a picture, in {found['share']:.0%} of them")
+        one = _samples(backbone)[:-1]
+        text.append(f"{found['mean']:.2f} tokens a {one}, in {found['share']:.0%} of them")
     text.append("\n")
     return text
 
@@ -230,3 +231,13 @@ def _range(layers: Sequence[int]) -> str:
     if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]}-{layers[-1]}"
     return ", ".join(map(str, layers))
+
+
+def _samples(backbone: Mapping[str, Any]) -> str:
+    return "sentences" if backbone.get("modality") == "text" else "pictures"
+
+
+def _size(backbone: dict[str, Any]) -> str:
+    if backbone.get("modality") == "text":
+        return f"sentences of {backbone['max_tokens']} tokens"
+    return f"{backbone['img_size']} px"

@@ -1,9 +1,12 @@
-"""Figures that lie on the picture: tokens, norms, attention, components."""
+"""Figures that lie on the picture: tokens, norms, attention, components.
+
+A sentence lies on a strip, one column a token in reading order; padding is left blank.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -34,9 +37,10 @@ def tokens(record: Record, arrays: Arrays) -> Figure:
     for i, (left, middle, right) in enumerate(panels):
         found |= mark(left, pixels[i], arrays["map_classes"][i], record)
         norm = on_grid(arrays["map_norm"][detect, i], record)
-        plain(figure, middle, norm / np.median(norm), "norm (medians)")
+        plain(figure, middle, norm / np.nanmedian(norm), "norm (medians)")
         drawn = arrays["map_incoming"][detect, i]
-        plain(figure, right, on_grid(drawn * len(drawn), record), "uniform shares")
+        drawn = drawn * np.isfinite(drawn).sum()
+        plain(figure, right, on_grid(drawn, record), "uniform shares")
     for axes, said in zip(panels[0], ("tokens", "norm", "incoming attention"), strict=True):
         axes.set_title(said, fontsize=9)
     canvas.class_legend(figure, [c for c in canvas.CLASSES if c in found], squares=True)
@@ -56,7 +60,7 @@ def components(record: Record, arrays: Arrays) -> Figure:
         picture(second, colours(arrays["map_pca_final"][i], record))
         picture(third, colours(arrays["map_pca_detect"][i], record))
         norm = on_grid(arrays["map_norm"][detect, i], record)
-        plain(figure, fourth, norm / np.median(norm), "norm (medians)")
+        plain(figure, fourth, norm / np.nanmedian(norm), "norm (medians)")
     shares = [record["metrics"].get(f"pca_explained_{k}", 0.0) for k in (1, 2, 3)]
     said = ("picture", f"features ({sum(shares):.0%} of variance)",
             f"input of block {detect}", f"norm, block {detect}")  # fmt: skip
@@ -91,14 +95,16 @@ def growth(record: Record, arrays: Arrays) -> Figure:
         canvas.from_zero(axes)
     # The first picture's last block, on one scale.
     maps = {name: on_grid(arrays[f"map_growth_{name}"][0, -1], record) for name in GROWTH}
-    top = max(float(values.max()) for values in maps.values())
+    top = max(float(np.nanmax(values)) for values in maps.values())
     last = restart + arrays["map_growth_exact"].shape[1] - 1
     below.suptitle(f"norms behind block {last}, first picture", fontsize=9)
     for axes, (name, label) in zip(below.subplots(1, 4), [("", ""), *GROWTH.items()], strict=True):
         if not name:
             picture(axes, arrays["map_pixels"][0])
             continue
-        image = axes.imshow(maps[name], cmap=canvas.SEQUENTIAL, vmin=0, vmax=top)
+        image = axes.imshow(
+            maps[name], cmap=canvas.SEQUENTIAL, vmin=0, vmax=top, aspect=aspect(maps[name])
+        )
         axes.set_axis_off()
         axes.set_title(label, fontsize=9)
         if name == "off_no_bias":
@@ -109,14 +115,23 @@ def growth(record: Record, arrays: Arrays) -> Figure:
 def on_grid(values: np.ndarray, record: Record) -> np.ndarray:
     """Values of all tokens or of the patch tokens `[n ...]` as `[rows columns ...]`."""
     backbone = record["backbone"]
-    side = backbone["img_size"] // backbone["patch_size"]
-    return values[len(values) - side * side :].reshape(side, side, *values.shape[1:])
+    rows = columns = backbone["img_size"] // backbone["patch_size"]
+    if backbone.get("modality") == "text":
+        rows, columns = 1, backbone["num_tokens"] - backbone["num_prefix_tokens"]
+    return values[len(values) - rows * columns :].reshape(rows, columns, *values.shape[1:])
+
+
+def aspect(values: np.ndarray) -> Literal["auto", "equal"]:
+    """Square patches; the tokens of a strip are as high as its panel."""
+    return "auto" if len(values) == 1 else "equal"
 
 
 def colours(scores: np.ndarray, record: Record) -> np.ndarray:
     """Three components as colours: each from its 1st to its 99th percentile."""
-    low, high = np.percentile(scores, (1, 99), axis=0)
+    there = (scores != 0).any(-1)  # padding scores nothing
+    low, high = np.percentile(scores[there] if there.any() else scores, (1, 99), axis=0)
     scaled = np.clip((scores - low) / np.where(high > low, high - low, 1), 0, 1)
+    scaled[~there] = 1
     if scaled.shape[1] < 3:
         scaled = np.pad(scaled, ((0, 0), (0, 3 - scaled.shape[1])))
     return on_grid(scaled, record)
@@ -124,13 +139,14 @@ def colours(scores: np.ndarray, record: Record) -> np.ndarray:
 
 def picture(axes: Axes, pixels: np.ndarray) -> None:
     """A picture without axes."""
-    axes.imshow(pixels, interpolation="nearest")
+    axes.imshow(pixels, interpolation="nearest", aspect=aspect(pixels))
     axes.set_axis_off()
 
 
 def plain(figure: Figure, axes: Axes, values: np.ndarray, said: str) -> None:
     """A map over the picture, from 0 on."""
-    image = axes.imshow(values, cmap=canvas.SEQUENTIAL, vmin=0, interpolation="nearest")
+    style: dict[str, Any] = {"interpolation": "nearest", "aspect": aspect(values)}
+    image = axes.imshow(values, cmap=canvas.SEQUENTIAL, vmin=0, **style)
     axes.set_axis_off()
     figure.colorbar(image, ax=axes, label=said, fraction=0.05, pad=0.02)
 

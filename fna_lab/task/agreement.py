@@ -31,7 +31,8 @@ class Agreement(Task):
     picture, token by token in the same place: `stable_iou/<change>/<detector>` and
     `stable_spearman/<change>/<detector>`. What is undefined, as the IoU of two detectors that
     find nothing, is left out. Changes: `flip` (left to right), `crop` (the middle, enlarged),
-    `resolution` (drawn with fewer pixels; the grid of tokens stays), `seed` (noise).
+    `resolution` (drawn with fewer pixels; the grid of tokens stays), `seed` (noise). Sentences are
+    not changed.
 
     Args:
         detectors: by name.
@@ -103,6 +104,7 @@ class Agreement(Task):
         self.found_sum = torch.zeros(0)
         self.pairs = agreement.SetAgreement((0,))
         self.stable = agreement.SetAgreement((0,))
+        self.has_changes = False
 
     def on_test_start(self) -> None:
         """Prepare every detector by the weights; leave out those that the host cannot serve.
@@ -140,8 +142,22 @@ class Agreement(Task):
         images: Tensor = batch["image"]
         found, scores, grid = self._look(images)
         self.found_sum += found.sum((1, 2))
-        pair = found[:, None], found[None], scores[:, None], scores[None]
+        kept = self.backbone.kept(images)
+        if kept is not None:
+            kept = kept[:, self.backbone.num_prefix_tokens :]
+        pair = found[:, None], found[None], scores[:, None], scores[None], kept
         self.pairs.update(*pair)
+        pairs = agreement.by_picture(*pair)
+        stable = self._changed(batch, found, scores, grid) if images.is_floating_point() else {}
+        for i, name in enumerate(batch["name"]):
+            row = {"index": int(batch["index"][i]), "name": name}
+            self.rows.append(row | self._facts(found, pairs, stable, i))
+
+    def _changed(
+        self, batch: dict[str, Any], found: Tensor, scores: Tensor, grid: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """Look at changed pictures; `iou` and `spearman` of each, `[t k b]`."""
+        images: Tensor = batch["image"]
         befores, afters = [], []
         seeds = [self.seed + i for i in batch["index"].tolist()]
         for change in (
@@ -158,10 +174,8 @@ class Agreement(Task):
         (sets, heights), (sets_after, heights_after) = before, after
         change = sets, sets_after, heights, heights_after  # [t k b p]
         self.stable.update(*change)
-        pairs, stable = agreement.by_picture(*pair), agreement.by_picture(*change)
-        for i, name in enumerate(batch["name"]):
-            row = {"index": int(batch["index"][i]), "name": name}
-            self.rows.append(row | self._facts(found, pairs, stable, i))
+        self.has_changes = True
+        return agreement.by_picture(*change)
 
     def results(self) -> dict[str, float]:
         """Numbers by name; what is undefined is left out."""
@@ -173,7 +187,8 @@ class Agreement(Task):
             for first, row in zip(names, table.tolist(), strict=True):
                 for second, value in zip(names, row, strict=True):
                     found[f"{measure}/{first}/{second}"] = value
-        for measure, table in self.stable.compute().items():
+        stable = self.stable.compute() if self.has_changes else {}
+        for measure, table in stable.items():
             if measure not in ("iou", "spearman"):
                 continue
             for change, row in zip(CHANGES, table.tolist(), strict=True):
@@ -210,6 +225,7 @@ class Agreement(Task):
                     blocks=self.backbone.blocks_path,
                     prefix=self.backbone.num_prefix_tokens,
                     outliers_at=self.block - 1,
+                    kept=self.backbone.kept(pictures),
                 )
             detector.neurons = neurons
         self.prepared[name] = detector.prepare(self.patched.blocks, self.block)
@@ -244,6 +260,7 @@ class Agreement(Task):
                 k=k,
                 scale=context.scale,
                 bias=bias,
+                kept=context.kept,
                 neurons=self.taps[name].read(),
                 prepared=self.prepared[name],
             )

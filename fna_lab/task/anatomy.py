@@ -54,6 +54,8 @@ MEASURES = (
     "pca",
 )
 DEFAULT = ("facts", "norms", "mass", "incoming", "sink_rate", "growth", "pca")
+# What stands in the maps for the class of tokens that are none.
+PADDING = -1
 # Tokens of one picture whose suppression matrix is kept whole, for its figure.
 MATRIX = 400
 
@@ -153,7 +155,8 @@ class Anatomy(Task):
         ) as onlooker:
             self.features(images)
         prefix, has_cls = backbone.num_prefix_tokens, backbone.has_cls
-        return members_of(**onlooker.classes, prefix=prefix, has_cls=has_cls)
+        kept = backbone.kept(images)
+        return members_of(**onlooker.classes, prefix=prefix, has_cls=has_cls, kept=kept)
 
     def _block(
         self,
@@ -166,13 +169,13 @@ class Anatomy(Task):
         few: int,
     ) -> dict[str, Tensor]:
         """Every fact of one block: `[b]`, or an array a picture."""
-        x, wanted, layer = context.x, self.measure, context.layer
+        x, wanted, layer, kept = context.x, self.measure, context.layer, context.kept
         facts: dict[str, Tensor] = {}
         sums = attention_sums(q, k, context, members)
         if "facts" in wanted:
             facts |= token_facts(sums, context, objects)
         if "norms" in wanted:
-            facts |= norm_facts(x, members)
+            facts |= norm_facts(x, members, kept)
         if "mass" in wanted:
             facts |= mass_facts(sums, members)
         if "incoming" in wanted:
@@ -181,12 +184,13 @@ class Anatomy(Task):
             prefix, cls = context.num_prefix_tokens, context.has_cls
             facts |= sink_facts(sums, num_prefix_tokens=prefix, has_cls=cls, epsilon=self.epsilon)
         if "alignment" in wanted:
-            facts |= alignment_facts(q, k, v, x, self.backbone.out_weight(layer), members)
+            weight = self.backbone.out_weight(layer)
+            facts |= alignment_facts(q, k, v, x, weight, members, kept)
         if not few:
             return facts
-        self._keep("norm", x[:few].float().norm(dim=-1), layer)
-        self._keep("incoming", sums.incoming[:few].mean(1), layer)
-        self._keep("cls_row", sums.first[:few].mean(1), layer)
+        self._keep("norm", _without(x[:few].float().norm(dim=-1), kept), layer)
+        self._keep("incoming", _without(sums.incoming[:few].mean(1), kept), layer)
+        self._keep("cls_row", _without(sums.first[:few].mean(1), kept), layer)
         if "suppression" in wanted:
             weight = self.backbone.out_weight(layer)
             near = first_pictures(context, few)
@@ -198,16 +202,17 @@ class Anatomy(Task):
                 part = (seen[0, :, tokens] @ v[0, :, tokens].float().mT).sum(0)
                 self.maps |= {"matrix": [part], "matrix_tokens": [tokens]}
         if "pca" in wanted and layer == self.backbone.anatomy.detect:
-            self._components("detect", x[:few, context.num_prefix_tokens :])
+            self._components("detect", x[:few, context.num_prefix_tokens :], kept)
         return facts
 
     def _closely(self, images: Tensor, members: Tensor, patches: Tensor) -> dict[str, Tensor]:
         """What only the first pictures are asked."""
         self.maps.setdefault("pixels", []).append(self.backbone.pixels(images))
-        self.maps.setdefault("classes", []).append(members.int().argmax(-1))
+        classes = members.int().argmax(-1).masked_fill(~members.any(-1), PADDING)
+        self.maps.setdefault("classes", []).append(classes)
         facts: dict[str, Tensor] = {}
         if "pca" in self.measure:
-            shares = self._components("final", patches)
+            shares = self._components("final", patches, self.backbone.kept(images))
             facts |= {f"pca_explained_{i + 1}": shares[:, i] for i in range(shares.shape[1])}
         if "growth" in self.measure:
             facts |= self._growth(images)
@@ -225,21 +230,23 @@ class Anatomy(Task):
             runs["off"] = replay()
             with backbone.without_output_bias(span):
                 runs["off_no_bias"] = replay()
-        prefix = backbone.num_prefix_tokens
+        prefix, kept = backbone.num_prefix_tokens, backbone.kept(images)
         norms = {
-            name: torch.stack([x[:, prefix:].float().norm(dim=-1) for x in outputs], dim=1)
+            name: torch.stack(
+                [_without(x[:, prefix:].float().norm(dim=-1), kept) for x in outputs], dim=1
+            )
             for name, outputs in runs.items()
         }  # [b layers p]
         # One token is followed through all three: the largest where detectors look.
         place = max(0, anatomy.detect - 1 - span[0])
-        largest = norms["exact"][:, place].argmax(1)[:, None, None]
+        largest = norms["exact"][:, place].nan_to_num(-1.0).argmax(1)[:, None, None]
         facts: dict[str, Tensor] = {}
         for name, value in norms.items():
             self.maps.setdefault(f"growth_{name}", []).append(value)
             followed = value.gather(2, largest.expand(-1, value.shape[1], 1))[..., 0]
             for i, layer in enumerate(span):
                 facts[f"growth/{name}/{layer:02d}"] = followed[:, i]
-                facts[f"growth/{name}_median/{layer:02d}"] = value[:, i].median(1).values
+                facts[f"growth/{name}_median/{layer:02d}"] = value[:, i].nanmedian(1).values
         self.maps.setdefault("growth_token", []).append(largest[:, 0, 0])
         return facts
 
@@ -269,7 +276,8 @@ class Anatomy(Task):
                     # A replay passes no embedding that would tell the patch of registers.
                     context = replace(context, num_prefix_tokens=prefix, has_cls=has_cls)
                     drawn, score = variant.look(q, k, context)
-                    found = round_facts(drawn, score, context.x, variant.removal.tokens, prefix)
+                    gone = variant.removal.tokens
+                    found = round_facts(drawn, score, context.x, gone, prefix, context.kept)
                     shown.update({f"{name}_{branch}": value for name, value in found.items()})
                     if branch == "mask":
                         new |= next_sink(score)
@@ -289,9 +297,9 @@ class Anatomy(Task):
             removed = removed | new
         return facts
 
-    def _components(self, name: str, x: Tensor) -> Tensor:
+    def _components(self, name: str, x: Tensor, kept: Tensor | None) -> Tensor:
         """Keep the first components of patch tokens; the shares that they explain `[b k]`."""
-        scores, shares = components(x)
+        scores, shares = components(x, None if kept is None else _of_patches(kept, x))
         self.maps.setdefault(f"pca_{name}", []).append(scores.float())
         return shares
 
@@ -341,6 +349,18 @@ class Anatomy(Task):
             return None
         covered = (batch["segmentation"] > 0).float()[:, None]
         return F.adaptive_avg_pool2d(covered, self.backbone.grid).flatten(1)
+
+
+def _of_patches(kept: Tensor, patches: Tensor) -> Tensor:
+    """The part of bool `[b n]` that belongs to patch tokens `[b p ...]`, of the first pictures."""
+    return kept[: len(patches), kept.shape[1] - patches.shape[1] :]
+
+
+def _without(values: Tensor, kept: Tensor | None) -> Tensor:
+    """Values of the last tokens `[b p]`, NaN for padding."""
+    if kept is None:
+        return values
+    return values.masked_fill(~_of_patches(kept, values), torch.nan)
 
 
 def _stacked(values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from fna_lab.metric.fidelity import LayerError, NeighbourAgreement, cosine, relative_errors
+from fna_lab.metric.fidelity import (
+    LayerError,
+    NeighbourAgreement,
+    cosine,
+    mean_over,
+    relative_errors,
+)
 from fna_lab.task.base import Task
 
 if TYPE_CHECKING:
@@ -37,11 +43,12 @@ class Fidelity(Task):
         with self.patched.disabled():
             exact, exact_hidden = self._run(batch["image"])
         found, hidden = self._run(batch["image"])
-        errors = relative_errors(exact_hidden, hidden)
+        kept = self.backbone.kept(batch["image"])
+        errors = relative_errors(exact_hidden, hidden, kept)
         self.layer_error.update(errors)
         values = {
             "pooled_cosine": cosine(found.pooled, exact.pooled),
-            "patch_cosine": cosine(found.patches, exact.patches).mean(1),
+            "patch_cosine": mean_over(cosine(found.patches, exact.patches), kept),
         }
         if found.cls is not None and exact.cls is not None:
             values["cls_cosine"] = cosine(found.cls, exact.cls)

@@ -28,6 +28,8 @@ class Evidence:
         bias: added to the logits, broadcastable to `[b h n n]`; None = nothing.
         found: tokens found in earlier rounds, bool `[b n]`; None in the first.
         stage: how those were taken out of this block's attention (`type1`), `mask` or `sink`.
+        kept: tokens that are no padding, bool `[b n]`; None = all. The bias takes the others
+            out of attention.
         neurons: the MLP neurons that the detector lists, after their activation, `[b n k]`; None
             for a detector that lists none.
         prepared: what the detector's own `prepare` returned for this host.
@@ -43,14 +45,22 @@ class Evidence:
     bias: Tensor | None = None
     found: Tensor | None = None
     stage: str = "mask"
+    kept: Tensor | None = None
     neurons: Tensor | None = None
     prepared: Any = None
 
     def candidates(self) -> Tensor:
-        """Tokens that may be found: no prefix token, and none found before; bool `[b n]`."""
+        """Tokens that may be found: no prefix, no padding, none found before; bool `[b n]`."""
         free = torch.arange(self.x.shape[1], device=self.x.device) >= self.num_prefix_tokens
         free = free.expand(self.x.shape[:2])
-        return free if self.found is None else free & ~self.found
+        return free if self.gone is None else free & ~self.gone
+
+    @property
+    def gone(self) -> Tensor | None:
+        """Tokens that were found before, and padding; bool `[b n]`, None where there are none."""
+        if self.found is None or self.kept is None:
+            return self.found if self.kept is None else ~self.kept
+        return self.found | ~self.kept
 
     def cls_row(self) -> Tensor:
         """The attention of CLS, under what was found before: `[b h 1 n]`, in O(n d)."""
@@ -65,12 +75,13 @@ class Evidence:
     def incoming(self) -> Tensor:
         """Attention that each token draws in each head: `[b h n]`, in chunks of queries."""
         q, k = self._queries_and_keys()
-        return ops.incoming_by_head(q, k, **self._logits())
+        return ops.incoming_by_head(q, k, kept=self.kept, **self._logits())
 
     def incoming_share(self) -> Tensor:
         """Share of the others' attention that each patch token draws: `[b n]`, in chunks."""
         q, k = self._queries_and_keys()
-        return ops.incoming_share(q, k, prefix=self.num_prefix_tokens, **self._logits())
+        more = {"prefix": self.num_prefix_tokens, "kept": self.kept}
+        return ops.incoming_share(q, k, **more, **self._logits())
 
     def _queries_and_keys(self) -> tuple[Tensor, Tensor]:
         if self.q is None or self.k is None:
@@ -124,9 +135,9 @@ class Detector(ABC):
 def token_norms(evidence: Evidence) -> Tensor:
     """Norms of the candidates in medians of the picture's patch tokens, others -inf: `[b n]`."""
     norms = ops.patch_norms(evidence.x, evidence.num_prefix_tokens)
-    norms = norms / norms.median(1, keepdim=True).values
-    padding = norms.new_zeros((norms.shape[0], evidence.num_prefix_tokens))
-    norms = torch.cat([padding, norms], dim=1)
+    norms = norms / ops.medians(norms, evidence.kept)
+    prefix = norms.new_zeros((norms.shape[0], evidence.num_prefix_tokens))
+    norms = torch.cat([prefix, norms], dim=1)
     return norms.masked_fill(~evidence.candidates(), -torch.inf)
 
 

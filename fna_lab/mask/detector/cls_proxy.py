@@ -55,7 +55,8 @@ class ClsProxyDetector(Detector):
             known = ~evidence.candidates()
             row = evidence.cls_row()
             found = ops.cls_proxy(row, ratio=self.ratio, top=self.top, found=known)
-            return found & (row[:, :, 0].mean(1) * row.shape[-1] > self.least)
+            tokens = ops.num_kept(evidence.kept, row.shape[-1])
+            return found & (row[:, :, 0].mean(1) * tokens > self.least)
         scores = self.scores(evidence)
         found = scores > self.ratio
         if self.top is None:
@@ -69,7 +70,7 @@ class ClsProxyDetector(Detector):
             row = evidence.cls_row()[:, :, 0].mean(1)
             return (row / row[:, :1]).masked_fill(~evidence.candidates(), -torch.inf)
         _, shares = ops.incoming_sinks(
-            evidence.incoming_share(), prefix=evidence.num_prefix_tokens, found=evidence.found
+            evidence.incoming_share(), prefix=evidence.num_prefix_tokens, found=evidence.gone
         )
         return shares / ops.INCOMING_RULES["raw"]
 

@@ -51,7 +51,7 @@ class IncomingDetector(Detector):
         return ops.incoming_sinks(
             evidence.incoming_share(),
             prefix=evidence.num_prefix_tokens,
-            found=evidence.found,
+            found=evidence.gone,
             rule=self.rule,
             factor=self.factor,
             log=self.log,

@@ -30,6 +30,7 @@ class NormGapDetector(Detector):
                 prefix=evidence.num_prefix_tokens,
                 per_picture=True,
                 min_gap=self.min_gap,
+                kept=evidence.kept,
             )
             & evidence.candidates()
         )

@@ -24,7 +24,8 @@ class NormRatioDetector(Detector):
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """T, bool `[b n]`."""
-        found = ops.norm_ratio(evidence.x, prefix=evidence.num_prefix_tokens, ratio=self.ratio)
+        prefix, kept = evidence.num_prefix_tokens, evidence.kept
+        found = ops.norm_ratio(evidence.x, prefix=prefix, ratio=self.ratio, kept=kept)
         return found & evidence.candidates()
 
     def scores(self, evidence: Evidence) -> Tensor:

@@ -1,0 +1,65 @@
+"""Padding: tokens that are none, as hosts of texts have them behind every short sentence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fna_lab.ops.checks import check_bool, check_float
+
+
+def kept_tokens(attn_mask: Tensor | None) -> Tensor | None:
+    """Tokens that are no padding, by the host's padding mask.
+
+    Args:
+        attn_mask: bool `[b 1 1 n]`, True = may be attended to, or float, far below zero elsewhere;
+            masks of other shapes and None are no padding masks.
+
+    Returns:
+        bool `[b n]`; None = there is no padding mask.
+    """
+    if attn_mask is None or attn_mask.ndim != 4 or attn_mask.shape[1:3] != (1, 1):
+        return None
+    keys = attn_mask[:, 0, 0]
+    if keys.dtype == torch.bool:
+        return keys
+    return keys > torch.finfo(keys.dtype).min / 2  # hosts write -inf, or the least number
+
+
+def medians(values: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Median of each picture, padding left aside: of two middle values the lower one.
+
+    Args:
+        values: `[b p]`.
+        kept: tokens that are no padding, bool `[b n]` with n >= p, of which `values` are the last;
+            None = all.
+
+    Returns:
+        `[b 1]`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes do not fit.
+    """
+    check_float("values", values, 2, "[b p]")
+    if kept is None:
+        return values.median(1, keepdim=True).values
+    mine = patches_of(kept, values)
+    return values.masked_fill(~mine, torch.nan).nanmedian(1, keepdim=True).values
+
+
+def patches_of(kept: Tensor, values: Tensor) -> Tensor:
+    """The part of `kept` bool `[b n]` that belongs to values of the last tokens `[b p]`.
+
+    Raises:
+        TypeError: `kept` is no bool tensor.
+        ValueError: shapes do not fit.
+    """
+    mine = kept[..., kept.shape[-1] - values.shape[1] :]
+    check_bool("kept", mine, tuple(values.shape[:2]))
+    return mine
+
+
+def num_kept(kept: Tensor | None, num: int) -> Tensor | int:
+    """Tokens of each picture that are no padding: bool `[b n]` -> long `[b 1]`; None = `num`."""
+    return num if kept is None else kept.sum(1, keepdim=True)
