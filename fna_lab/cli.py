@@ -74,7 +74,9 @@ def smoke(arguments: list[str], conf: Path) -> list[str]:
         return arguments  # Hydra says which experiments there are
     node = OmegaConf.load(path)
     more = OmegaConf.select(node, "smoke_overrides") or []
-    mine = [text for text in more if text.split("=")[0] not in said]
+    # A setting of an option that the user replaced may not exist; those of data all have.
+    gone = tuple(f"{key}." for key in said if "." not in key and key != "data")
+    mine = [text for text in more if text.split("=")[0] not in said and not text.startswith(gone)]
     sweeps = OmegaConf.select(node, "hydra.mode") == "MULTIRUN"  # over what smoke names
     return [*mine, *arguments, *(["--multirun"] if sweeps else [])]
 

@@ -13,7 +13,8 @@ from fna_lab.backbone.base import Backbone
 from fna_lab.backbone.planted import PlantedBackbone
 from fna_lab.backbone.timm import TimmBackbone
 from fna_lab.data.planted import PlantedData
-from fna_lab.finding.base import Lab, Mean, compared, named_findings
+from fna_lab.finding.base import Mean, compared, named_findings
+from fna_lab.finding.lab import Lab
 
 NAMES = [finding.name for finding in named_findings()]
 
@@ -80,6 +81,16 @@ def test_without_massive_tokens_nothing_is_claimed() -> None:
         assert finding.verdict(finding.measure(lab), backbone).holds is None
 
 
+def test_a_cls_that_attends_evenly_has_no_massive_tokens() -> None:
+    backbone = TimmBackbone(name="vit_tiny_patch16_224", pretrained=False, img_size=64)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    backbone.host.eval()
+    for block in backbone.blocks:
+        block.attn.qkv.weight.data[: 2 * backbone.embed_dim] = 0
+        block.attn.qkv.bias.data[: 2 * backbone.embed_dim] = 0
+    assert not Lab(backbone, images).massive().any()
+
+
 def test_mae_is_judged_and_a_huge_activation_is_seen() -> None:
     backbone = TimmBackbone(name="vit_base_patch16_224.mae", pretrained=False, img_size=32)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -112,6 +123,28 @@ def test_a_mean_leaves_out_what_cannot_tell_and_knows_its_uncertainty() -> None:
     assert mean.low == pytest.approx(mean.value - 1.96 * error, abs=0.2 * error)
     assert mean.high == pytest.approx(mean.value + 1.96 * error, abs=0.2 * error)
     assert Mean.of(torch.full((3,), torch.nan)) is None
+
+
+def test_log_ratios_are_said_in_words() -> None:
+    def said(*ratios: float) -> str:
+        mean = Mean.of(torch.tensor(ratios).double().log())
+        assert mean is not None
+        return mean.change()
+
+    assert said(0.997) == "0.3 % smaller [0.3, 0.3 %]"
+    assert said(1.12) == "12 % larger [12, 12 %]"
+    assert said(4.0) == "4 times as large [4, 4]"
+    low, high = said(0.8, 0.9).split("[")[1].rstrip(" %]").split(", ")
+    assert 10 <= float(low) < float(high) <= 20
+
+
+def test_an_effect_that_is_sure_and_small_is_called_small() -> None:
+    tiny = Mean.of(torch.tensor([-0.003, -0.0031, -0.0029]).double())
+    verdict = compared(tiny, 0.0, "{change}", "x", above=False, small=0.05)
+    assert verdict.holds is True
+    assert verdict.says.startswith("0.3 % smaller") and verdict.says.endswith("small difference")
+    large = Mean.of(torch.tensor([-0.3, -0.31]).double())
+    assert "small difference" not in compared(large, 0.0, "", "x", above=False, small=0.05).says
 
 
 @pytest.mark.parametrize(("shift", "holds"), [(1.0, True), (-1.0, False), (0.0, None)])

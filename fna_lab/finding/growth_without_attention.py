@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from fna_lab.attn.base import NoAttention
 from fna_lab.backbone.base import Backbone
-from fna_lab.finding.base import Finding, Lab, Mean, Plot, Verdict, compared, only
+from fna_lab.finding.base import SMALL, Finding, Mean, Plot, Verdict, compared, only
+from fna_lab.finding.lab import Lab
 
 
 class GrowthWithoutAttention(Finding):
@@ -47,11 +49,19 @@ class GrowthWithoutAttention(Finding):
         return found
 
     def verdict(self, found: Mapping[str, Tensor], backbone: Backbone) -> Verdict:
-        """On how much more massive tokens grow than others, with attention off, in pairs."""
-        ratio = Mean.of((found["massive_off"] / found["normal_off"]).log())
-        anatomy = backbone.anatomy
+        """On how much more massive tokens grow than others with attention off, if they grow."""
+        massive, normal = found["massive_off"].log(), found["normal_off"].log()
+        ratio, growth, others = Mean.of(massive - normal), Mean.of(massive), Mean.of(normal)
+        if ratio is None or growth is None or others is None:
+            return compared(None, 0.0, "", "log_growth", above=True)
+        first, last = max(backbone.anatomy.restart, 1), backbone.anatomy.detect - 1
         says = (
-            f"blocks {max(anatomy.restart, 1)}-{anatomy.detect - 1} without attention, "
-            "log(growth of massive / of other tokens) = {mean} over {n} pictures"
+            f"blocks {first}-{max(first, last)} without attention: norms grow by a factor of "
+            f"{math.exp(growth.value):.3g} in massive tokens and {math.exp(others.value):.3g} in "
+            "others ({change}), over {n} pictures"
         )
-        return compared(ratio, 0.0, says, "log_growth", above=True)
+        verdict = compared(ratio, 0.0, says, "log_growth", above=True, small=SMALL)
+        numbers = {**verdict.numbers, **growth.numbers("log_growth_massive")}
+        if verdict.holds and growth.high < 0:  # others shrink even more, but these do not grow
+            return Verdict(False, f"{verdict.says}; but massive tokens shrink", numbers)
+        return Verdict(verdict.holds, verdict.says, numbers)

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from fna_lab.backbone.base import Backbone
-from fna_lab.finding.base import Finding, Lab, Mean, Plot, Verdict
+from fna_lab.finding.base import Finding, Mean, Plot, Verdict
+from fna_lab.finding.lab import Lab
 
 CLASSES = ("cls", "massive", "artifact")
 WAYS = ("ignore", "guarantee", "exclude")
 LEAST = 1e-6  # a smaller change of a cosine is rounding
+SMALL = 0.005  # of a cosine: settings that differ by less are said to lie close together
 CELLS = tuple(product(WAYS, repeat=3))
 
 
@@ -71,12 +73,18 @@ class LandmarkClasses(Finding):
                 continue
             mean = Mean.of(found[cell] - found[other])
             assert mean is not None
-            said.append(f"{words} {mean.said('+.2g')}")
+            change = mean.said("+.2g") if abs(mean.value) > LEAST else "no change"
+            said.append(f"{words}: {change}")
             numbers |= mean.numbers(f"{name}_difference")
             up, down = mean.low > LEAST, mean.high < -LEAST
             holds.append(None if not (up or down) else up == (sign > 0))
-        text = f"cosine changes by {'; '.join(said)}; best of 27: " + ", ".join(
-            f"{name} {way}" for name, way in zip(CLASSES, best, strict=True)
-        )
+        means = [float(found["_".join(cell)].mean()) for cell in CELLS]
+        text = f"change of the cosine: {'; '.join(said)}; "
+        if max(means) - min(means) < LEAST:
+            text += "all 27 settings give the same features"
+        else:
+            text += f"{min(means):.4f} to {max(means):.4f} over 27 settings, the best of them "
+            text += ", ".join(f"{name} {way}" for name, way in zip(CLASSES, best, strict=True))
+            text += "; all lie close together" if max(means) - min(means) < SMALL else ""
         whole = False if False in holds else True if all(holds) else None
         return Verdict(whole, text, numbers)

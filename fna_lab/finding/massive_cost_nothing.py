@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fna_lab.backbone.base import Backbone
-from fna_lab.finding.base import Finding, Given, Lab, Mean, Plot, Verdict, only
+from fna_lab.finding.base import Finding, Mean, Plot, Verdict, only
+from fna_lab.finding.lab import Given, Lab
 from fna_lab.mask.type1 import Type1Mask
 
 ACCURACY, COSINE = 0.01, 0.99
@@ -43,19 +44,37 @@ class MassiveCostNothing(Finding):
         return found
 
     def verdict(self, found: Mapping[str, Tensor], backbone: Backbone) -> Verdict:  # noqa: ARG002
-        """On accuracy (within one point) where classes are known, else on the cosine (0.99)."""
+        """On accuracy (within one point) where it can tell, else on the cosine (0.99)."""
         means = {name: Mean.of(values) for name, values in found.items()}
         numbers = {k: v for name, m in means.items() if m for k, v in m.numbers(name).items()}
         cosine, random = means["massive"], means["random"]
         if cosine is None or random is None:
             return Verdict(None, "no picture here has such tokens, so nothing can be taken away")
-        text = f"cosine {cosine.said()} against {random.said()} for as many other patches"
+        text = f"cosine {_said(cosine)} against {_said(random)} for as many other patches"
+        holds = _clear(cosine.low, cosine.high, COSINE)
         change = means.get("massive_accuracy_change")
-        mean, level = (cosine, COSINE) if change is None else (change, -ACCURACY)
-        if change is not None:
-            text = f"accuracy changes by {change.said()} over {change.count} pictures; {text}"
-        holds = True if mean.low > level else False if mean.high < level else None
-        return Verdict(holds, text, numbers)
+        if change is None:
+            return Verdict(holds, f"{text}, over {cosine.count} pictures", numbers)
+        # Where no picture changes the bootstrap sees no doubt: one in 3 / n may (rule of three).
+        doubt = 3 / change.count if change.low == change.high else 0.0
+        told = _clear(change.low - doubt, change.high + doubt, -ACCURACY)
+        text = f"accuracy changes by {change.said('+.2g')} over {change.count} pictures; {text}"
+        if told is not None:
+            return Verdict(told, text, numbers)
+        return Verdict(holds, f"{text}; by the cosine: these are too few for a point", numbers)
+
+
+def _said(cosine: Mean) -> str:
+    """A mean cosine with its interval; by what is missing where it is nearly 1."""
+    missing = 1 - cosine.value
+    if missing > 1e-3:
+        return cosine.said(".4g")
+    return f"1 - {missing:.1g}" if missing > 1e-7 else "1"
+
+
+def _clear(low: float, high: float, level: float) -> bool | None:
+    """Whether an interval lies above a level (True), below it (False), or on it (None)."""
+    return True if low > level else False if high < level else None
 
 
 def _others(lab: Lab, massive: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fna_lab.backbone.base import Backbone
-from fna_lab.finding.base import Finding, Lab, Mean, Plot, Verdict
+from fna_lab.finding.base import Finding, Mean, Plot, Verdict
+from fna_lab.finding.lab import Lab
 
 SIZE, RATIO = 100.0, 1000.0
 LEAST = 1e-3  # a median of 0, in a model with silent channels, would make any ratio infinite
@@ -48,11 +49,12 @@ class NoMassiveInMae(Finding):
 
     def verdict(self, found: Mapping[str, Tensor], backbone: Backbone) -> Verdict:
         """On the share of pictures with a massive activation, for MAE; of others it is told."""
-        share, ratio = Mean.of(found["massive"]), Mean.of(found["ratio"])
-        assert share is not None and ratio is not None
+        share, ratio, top = (Mean.of(found[name]) for name in ("massive", "ratio", "top"))
+        assert share is not None and ratio is not None and top is not None
         text = (
-            f"a share of {share.said()} of {share.count} pictures has a massive activation; the "
-            f"largest is {ratio.said()} medians"
+            f"{share.value * share.count:.0f} of {share.count} pictures have massive activations, "
+            f"the largest of one is {top.value:.3g} in size (massive: above {SIZE:g}) and "
+            f"{ratio.said()} medians of its block (above {RATIO:g})"
         )
         numbers = {**share.numbers("share"), **ratio.numbers("ratio")}
         if "mae" not in backbone.name.lower():

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fna_lab.backbone.base import Backbone
-from fna_lab.finding.base import Finding, Lab, Mean, Plot, Verdict, compared, only
+from fna_lab.finding.base import Finding, Mean, Plot, Verdict, compared, only
+from fna_lab.finding.lab import Lab
 
 
 class SinkingIsGradual(Finding):
@@ -49,11 +50,15 @@ class SinkingIsGradual(Finding):
 
     def verdict(self, found: Mapping[str, Tensor], backbone: Backbone) -> Verdict:  # noqa: ARG002
         """On the mean difference of suddenness, in pairs."""
-        difference = Mean.of(found["masking_suddenness"] - found["sinking_suddenness"])
-        if difference is None:
+        masking, sinking = (found[f"{name}_suddenness"] for name in ("masking", "sinking"))
+        difference, masked, sunk = Mean.of(masking - sinking), Mean.of(masking), Mean.of(sinking)
+        if difference is None or masked is None or sunk is None:
             return Verdict(None, "no picture here has two sinks to take out")
-        says = "share of the largest single drop, masking - sinking = {mean} over {n} pictures"
-        return compared(difference, 0.0, says, "suddenness_difference", above=True)
+        says = (
+            f"the largest single drop is {masked.value:.0%} of the whole fall under masking, "
+            f"{sunk.value:.0%} under sinking: difference {{mean}} over {{n}} pictures"
+        )
+        return compared(difference, 0.0, says, "suddenness_difference", above=True, small=0.05)
 
 
 def _suddenness(strength: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from fna_lab.backbone.base import Backbone
-from fna_lab.finding.base import Finding, Lab, Mean, Plot, Verdict, compared, only
+from fna_lab.finding.base import SMALL, Finding, Mean, Plot, Verdict, compared, only
+from fna_lab.finding.lab import Lab
 
 
 class SinkingShrinks(Finding):
@@ -41,7 +42,7 @@ class SinkingShrinks(Finding):
         """On the mean log ratio of the two, in pairs."""
         ratio = Mean.of((found["sinking"] / found["masking"]).log())
         says = (
-            f"largest norm behind block {backbone.anatomy.detect}, log(sinking / masking) = "
-            "{mean} over {n} pictures"
+            f"largest norm behind block {backbone.anatomy.detect}: "
+            "{change} after sinking than after masking, over {n} pictures"
         )
-        return compared(ratio, 0.0, says, "log_ratio", above=False)
+        return compared(ratio, 0.0, says, "log_ratio", above=False, small=SMALL)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fna_lab.backbone.base import Backbone
-from fna_lab.finding.base import Finding, Lab, Mean, Plot, Verdict, compared, only
+from fna_lab.finding.base import Finding, Mean, Plot, Verdict, compared, only
+from fna_lab.finding.lab import Lab
 
 
 class Type1PeakInCls(Finding):
@@ -44,11 +45,13 @@ class Type1PeakInCls(Finding):
         shares = {}
         for name, ratio in found.items():
             shares[name] = Mean.of(only(ratio > 1, ratio.isfinite()))
-        says = "it lies in CLS in a share of {mean} of {n} pictures"
+        says = "share of {n} pictures with the largest activation in CLS: {mean}"
         verdict = compared(shares["type1"], 0.5, says, "share_type1", above=True)
         if shares["plain"] is None:
             return verdict
-        numbers = {**verdict.numbers, **shares["plain"].numbers("share_plain")}
-        return Verdict(
-            verdict.holds, f"{verdict.says} (untouched: {shares['plain'].value:.3g})", numbers
-        )
+        plain = shares["plain"]
+        untouched = f"untouched {plain.value:.3g}"
+        if verdict.holds and plain.low > 0.5:
+            untouched += ", so it is not the mask that puts it there"
+        numbers = {**verdict.numbers, **plain.numbers("share_plain")}
+        return Verdict(verdict.holds, f"{verdict.says} ({untouched})", numbers)

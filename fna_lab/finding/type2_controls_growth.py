@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fna_lab.backbone.base import Backbone
-from fna_lab.finding.base import Finding, Lab, Mean, Plot, Verdict, compared, only
+from fna_lab.finding.base import SMALL, Finding, Mean, Plot, Verdict, compared, only
+from fna_lab.finding.lab import Lab
 
 
 class Type2ControlsGrowth(Finding):
@@ -42,5 +43,5 @@ class Type2ControlsGrowth(Finding):
     def verdict(self, found: Mapping[str, Tensor], backbone: Backbone) -> Verdict:  # noqa: ARG002
         """On the mean log ratio of the two, in pairs."""
         ratio = Mean.of((found["type2"] / found["type1"]).log())
-        says = "largest norm of a sink, log(Type II / Type I) = {mean} over {n} pictures"
-        return compared(ratio, 0.0, says, "log_ratio", above=False)
+        says = "largest norm of a sink: {change} under Type II than Type I, over {n} pictures"
+        return compared(ratio, 0.0, says, "log_ratio", above=False, small=SMALL)

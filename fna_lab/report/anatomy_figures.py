@@ -227,5 +227,6 @@ def decay(record: Record, arrays: Arrays) -> Any:
                       linestyle=("-", "--", ":")[i], label=label)  # fmt: skip
         canvas.over_blocks(axes, said, x="round (one more token out in each)")
         canvas.from_zero(axes)
-    panels[0][0].legend(frameon=False)
+    lines = panels[0][0].lines
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
     return figure

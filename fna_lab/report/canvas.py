@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from fna_lab.report.record import nature
+
 # One colour and one marker a class in every figure, so that print without colour tells them too.
 CLASS_COLOURS = {
     "cls": "#0072B2",
@@ -31,9 +33,8 @@ SEQUENTIAL = "viridis"
 def heading(record: Mapping[str, Any]) -> str:
     """Backbone, data and what was done to the model, and what of it is made up."""
     backbone, data = record["backbone"], record["data"]
-    made = " (constructed)" if backbone.get("constructed") else ""
     drawn = " (synthetic)" if data.get("synthetic") else ""
-    text = f"{backbone['name']}{made}, {backbone['num_tokens']} tokens; "
+    text = f"{backbone['name']}{nature(record)}, {backbone['num_tokens']} tokens; "
     text += f"{data['count']} pictures of {data['name']}{drawn}"
     attn, mask = record["attn"]["name"], record["mask"]["name"]
     return text if (attn, mask) == ("exact", "none") else f"{text}; attn={attn}, mask={mask}"
@@ -86,10 +87,10 @@ def over_blocks(axes: Axes, said: str, *, log: bool = False, x: str = "block") -
     if axes.get_xscale() == "linear":
         whole(axes.xaxis)
     else:
-        _plain_log(axes.xaxis)
+        plain_log(axes.xaxis)
     if log:
         axes.set_yscale("log")
-        _plain_log(axes.yaxis)
+        plain_log(axes.yaxis)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -106,11 +107,14 @@ def whole(*axes: Axis) -> None:
         axis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _plain_log(axis: Axis) -> None:
-    """Numbers at 1, 2 and 5 of each decade, or at its ends where there are many decades."""
+def plain_log(axis: Axis) -> None:
+    """Plain numbers: even steps, 1, 2 and 5 of each decade, or decades, by how much there is."""
     low, high = axis.get_data_interval()
-    few = high < 50 * max(low, 1e-300)
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+    ratio = high / max(low, 1e-300)
+    if ratio < 4:
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    else:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 50 else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -153,7 +157,8 @@ def class_matrix(
         value = values[row, column]
         # Both ends of the diverging map are dark, and the low end of the other one.
         dark = abs(value) > 0.6 * top if diverging else value < 0.6 * top
-        axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=9,
+        said = f"{value:.2g}" if abs(value) > 1e-3 * top else "\u2248 0"  # else they overlap
+        axes.text(column, row, said, ha="center", va="center", fontsize=9,
                   color="white" if dark else "black")  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from fna_lab.report.figure import COLOURS, MARKERS
 from fna_lab.report.verdicts import WORDS
 
 WAYS = ("ignore", "guarantee", "exclude")
+LEAST = 1e-3  # of a cosine: what an axis shows at least
 
 
 def draw(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], folder: Path) -> list[Path]:
@@ -62,8 +63,7 @@ def _points(axes: Axes, columns: Mapping[str, np.ndarray], plot: Mapping[str, An
             capsize=4,
             markersize=5,
         )
-        axes.annotate(f"{ends[1]:.3g}", (i, ends[1]), (14, 0), textcoords="offset points",
-                      va="center", fontsize=8)  # fmt: skip
+        axes.text(i + 0.22, ends[1], f"{ends[1]:.4g}", va="center", fontsize=8)
     axes.set_xticks(range(len(columns)), [plot["columns"][name] for name in columns])
     axes.set_xlim(-0.6, len(columns) - 0.4)
     _finish(axes, plot)
@@ -78,9 +78,7 @@ def _series(axes: Axes, columns: Mapping[str, np.ndarray], plot: Mapping[str, An
         rounds = np.flatnonzero(counts)
         means = np.nanmean(values[:, rounds], axis=0)
         label = f"{plot['columns'][name]} ({len(values)} pictures)"
-        axes.plot(
-            rounds + 1, means, color=COLOURS[i], marker=MARKERS[i], markersize=5, label=label
-        )
+        axes.plot(rounds, means, color=COLOURS[i], marker=MARKERS[i], markersize=5, label=label)
         for one in values[:40]:
             axes.plot(np.arange(len(one)), one, color=COLOURS[i], alpha=0.12, linewidth=0.8)
     axes.set_xlabel("tokens taken out")
@@ -92,7 +90,8 @@ def _series(axes: Axes, columns: Mapping[str, np.ndarray], plot: Mapping[str, An
 def _grid(figure: Any, panels: Any, columns: Mapping[str, np.ndarray], unit: str) -> None:
     """Three panels (CLS), rows massive, columns artifact."""
     values = np.array([v.mean() for v in columns.values()]).reshape(3, 3, 3)
-    low, high = values.min(), values.max()
+    high = values.max()
+    low = min(values.min(), high - LEAST)
     for axes, cells, way in zip(panels, values, WAYS, strict=True):
         image = axes.imshow(cells, cmap=canvas.SEQUENTIAL, vmin=low, vmax=high)
         for i in range(3):
@@ -105,7 +104,7 @@ def _grid(figure: Any, panels: Any, columns: Mapping[str, np.ndarray], unit: str
         axes.set_title(f"CLS: {way}", fontsize=9)
         axes.set_xlabel("artifact tokens")
         axes.set_ylabel("massive tokens")
-    figure.colorbar(image, ax=list(panels), label=unit, shrink=0.8)
+    figure.colorbar(image, ax=list(panels), label=unit, shrink=0.8, format="%.4f")
 
 
 def _interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -115,10 +114,16 @@ def _interval(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def _finish(axes: Axes, plot: Mapping[str, Any]) -> None:
-    if plot["log"]:
-        axes.set_yscale("log")
     if plot["level"] is not None:
         axes.axhline(plot["level"], color="grey", linewidth=0.8, linestyle="--")
+    if plot["log"]:
+        axes.set_yscale("log")
+        canvas.plain_log(axes.yaxis)
+    else:
+        axes.ticklabel_format(axis="y", useOffset=False)
+        low, high = axes.get_ylim()
+        if high - low < LEAST:  # do not blow up rounding
+            axes.set_ylim(high - LEAST, high + 0.05 * LEAST)
     axes.set_ylabel(plot["unit"])
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

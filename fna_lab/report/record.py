@@ -87,6 +87,15 @@ def read_arrays(folder: Path) -> dict[str, np.ndarray]:
         return dict(packed)
 
 
+def nature(record: Mapping[str, Any]) -> str:
+    """What a reader must know of the weights, to stand behind the name; empty for trained ones."""
+    if record["backbone"].get("constructed"):
+        return " (constructed)"
+    settings = record["config"].get("backbone", {})
+    random = settings.get("pretrained") is False and not settings.get("checkpoint")
+    return " (random weights)" if random else ""
+
+
 def finished(folder: Path) -> list[Path]:
     """Folders of the finished runs at or below a folder, in natural order."""
     found = [path.parent for path in folder.rglob(METRICS)]

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from fna_lab.report.errors import budget_table, error_table, fallback_text
 from fna_lab.report.matrix import matrices
+from fna_lab.report.record import nature
 from fna_lab.report.verdicts import verdicts
 
 COST_ROWS = (
@@ -36,6 +37,7 @@ MEASURES = {
     "decay": "decay: strongest sink (share), sinks left, norms (medians) as sinks are taken out",
 }
 ROUNDS = ("decay",)
+COLUMNS = 10  # of one table: more would be folded
 
 
 def make_console() -> Console:
@@ -91,8 +93,7 @@ def _heading(record: Mapping[str, Any]) -> Text:
     text.append(f"{record['task']}", style="bold")
     text.append(f" of {data['count']} {_samples(backbone)} of {data['name']}")
     text.append(" (synthetic)\n" if data.get("synthetic") else "\n")
-    constructed = " (constructed)" if backbone.get("constructed") else ""
-    text.append(f"backbone  {backbone['name']}{constructed}: {_size(backbone)}, ")
+    text.append(f"backbone  {backbone['name']}{nature(record)}: {_size(backbone)}, ")
     text.append(f"{backbone['num_tokens']} tokens, {backbone['depth']} blocks\n")
     settings = config["attn"]
     if record.get("budget"):  # what the setting says was not used
@@ -131,15 +132,21 @@ def _metrics(metrics: Mapping[str, float]) -> Group:
 
 
 def _layers(measure: str, layered: Mapping[str, Mapping[str, float]]) -> Group:
-    """One row a block, one column a fact."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("round" if measure in ROUNDS else "block", justify="right")
-    facts = list(dict.fromkeys(fact for row in layered.values() for fact in row))
-    for fact in facts:
-        table.add_column(fact.replace("_", "\n"), justify="right", overflow="fold")
-    for block, row in sorted(layered.items()):
-        table.add_row(str(int(block)), *(f"{row[f]:.3g}" if f in row else "-" for f in facts))
-    return Group(f" {MEASURES.get(measure, measure)}", table) if measure else Group(table)
+    """One row a block, one column a fact; in several tables where they are many."""
+    every = list(dict.fromkeys(fact for row in layered.values() for fact in row))
+    parts: list[Any] = [f" {MEASURES.get(measure, measure)}"] if measure else []
+    count = -(-len(every) // COLUMNS)
+    width = -(-len(every) // count)
+    for start in range(0, len(every), width):
+        facts = every[start : start + width]
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+        table.add_column("round" if measure in ROUNDS else "block", justify="right")
+        for fact in facts:
+            table.add_column(fact.replace("_", "\n"), justify="right", overflow="fold")
+        for block, row in sorted(layered.items()):
+            table.add_row(str(int(block)), *(f"{row[f]:.3g}" if f in row else "-" for f in facts))
+        parts.append(table)
+    return Group(*parts)
 
 
 def _cost(cost: Mapping[str, Any]) -> Table:

@@ -86,7 +86,7 @@ def growth(record: Record, arrays: Arrays) -> Figure:
         left.plot(*canvas.series(metrics, f"growth/{name}"), **style)
         right.plot(*canvas.series(metrics, f"growth/{name}_median"), **style)
     canvas.over_blocks(left, "norm behind the block")
-    canvas.over_blocks(right, "median norm of patch tokens")
+    canvas.over_blocks(right, "median patch norm")
     detect = int(arrays["detect"])
     left.set_title(f"the patch token that is largest at block {detect}", fontsize=9)
     right.set_title("all patch tokens", fontsize=9)

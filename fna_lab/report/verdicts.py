@@ -26,7 +26,8 @@ def verdicts(record: Mapping[str, Any]) -> Group:
         table.add_row(str(found["number"]), text, Text(word, style=f"bold {colour}"))
         table.add_row("", "", "")
     tokens = record["massive_tokens"]
-    said = f"Massive: what the CLS proxy finds at 0.3, {tokens['mean']:.2f} tokens a picture"
+    said = "Massive: what the CLS proxy finds at 0.3, if that is at most half of the patches: "
+    said += f"{tokens['mean']:.2f} tokens a picture"
     said += f" in {tokens['with_some']} of {tokens['pictures']} pictures"
     if tokens["norm_medians"] is not None:
         said += f"; their norm is {tokens['norm_medians']:.3g} medians"

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fna_lab.finding.base import Lab, named_findings
+from fna_lab.finding.base import named_findings
+from fna_lab.finding.lab import Lab
 from fna_lab.task.base import Task, embed_classes
 
 
