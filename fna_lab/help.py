@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import MissingMandatoryValue
 from rich.console import Console
+from rich.markup import escape
 
 USAGE = """[bold]python -m fna_lab[/] [dim]group=option  group.setting=value  ...[/]
 
@@ -29,7 +30,7 @@ def print_help(conf: Path, console: Console) -> None:
             console.print(f"[bold]{group}=[/]{default}", highlight=False)
         for path in options:
             console.print(
-                f"  {path.stem:19}{first_comment(path)}", highlight=False, soft_wrap=True
+                f"  {path.stem:19}{escape(first_comment(path))}", highlight=False, soft_wrap=True
             )
     console.print("[bold]other settings[/]")
     for key, value, comment in _settings(conf / "config.yaml"):

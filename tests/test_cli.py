@@ -165,7 +165,7 @@ def no_folder(folder: Path) -> list[str]:
 
 
 BAD = {
-    "unknown option": (["attn=foo"], "attn=foo: there is no such option; expected one of exact"),
+    "unknown option": (["attn=foo"], "attn=foo: there is no such option; expected one of block"),
     "unknown nested option": (["attn=fna", "attn/solver=x"], "attn/solver=x: there is no such"),
     "unknown group": (["atn=fna"], "atn: there is no such"),
     "unknown setting": (["attn.landmark=3"], "attn.landmark: there is no such setting"),

@@ -222,7 +222,7 @@ def singular(heads: tuple[int, ...] = (0,)) -> tuple[list[torch.Tensor], Context
     context.shared.clear()
     for head in heads:
         qkv[1][1, head, marks[1]] = 1.0
-        qkv[0][1, head] *= 4
+        qkv[0][1, head] *= 8
     return qkv, context
 
 

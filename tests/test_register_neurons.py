@@ -116,7 +116,7 @@ def test_the_detector_reads_the_neurons_of_the_host(name, iterative):
     strength = sum(said[layer][..., neuron].abs() for layer, neuron in neurons)
     strength = strength[:, host.prefix :]
     wanted = strength > 1.5 * strength.mean(1, keepdim=True)
-    schedule = {"schedule": "iterative", "max_rounds": 1} if iterative else {}
+    schedule = {"schedule": "iterative", "max_rounds": 1, "per_round": None} if iterative else {}
     mask = Type1Mask(detector=RegisterNeuronsDetector(neurons=neurons, ratio=1.5), **schedule)
     with fna_lab.patch(model, "exact", mask, detect=2, mask_layers="2-3") as patched:
         host.run(model, x)

@@ -17,6 +17,7 @@ from fna_lab.backbone.adjust import Adjuster
 from fna_lab.backbone.blocks import find_blocks, find_patch_embedding, says_cls, says_prefix
 from fna_lab.backbone.named import resolve
 from fna_lab.backbone.neurons import NeuronTap
+from fna_lab.backbone.plan import plan_searches
 from fna_lab.backbone.seam import (
     AttentionSeam,
     Changed,
@@ -28,7 +29,7 @@ from fna_lab.backbone.seam import (
     tokens_first,
     with_hidden,
 )
-from fna_lab.backbone.search import Again, Finder, Found, Pass, Search, plan_searches
+from fna_lab.backbone.search import Again, Finder, Found, Pass, Search
 from fna_lab.mask.base import Mask
 
 Observer = Callable[[Tensor, Tensor, Tensor, Context], None]

@@ -11,16 +11,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fna_lab import ops
-from fna_lab.attn.base import AttentionVariant, Removal
-from fna_lab.attn.layers import parse_layers
+from fna_lab.attn.base import Removal
 from fna_lab.backbone.neurons import NeuronTap
 from fna_lab.backbone.seam import AttentionSeam, Call, Probed, hidden, tokens_first, with_hidden
-from fna_lab.mask.base import Mask, check_block
 from fna_lab.mask.detector.base import Detector, Evidence
-from fna_lab.mask.detector.cls_proxy import ClsProxyDetector
-
-# CLIP ViT-L/14, 24 blocks: iterative detection runs again from block 9 on.
-RESTART = 9 / 24
 
 
 @dataclass
@@ -300,75 +294,15 @@ class Finder:
         if torch.compiler.is_compiling():
             return
         candidates = ops.num_kept(kept, tokens.shape[1]) - self.prefix(tokens)
-        full = (tokens.sum(1, keepdim=True) == candidates).nonzero()[:, 0].tolist()
+        counts = tokens.sum(1, keepdim=True)
+        full = (counts == candidates).nonzero()[:, 0].tolist()
         if full:
             raise ValueError(
                 f"mask.detector={search.detector.name} ({search.detector.threshold}) finds "
-                f"all patch tokens of picture(s) {full} of the batch at block "
-                f"{search.detect}, so nothing would be left to attend to; raise its threshold."
+                f"all {int(counts[full[0]])} patch tokens of picture(s) {full} of the batch at "
+                f"block {search.detect}, so nothing would be left to attend to; raise its "
+                "threshold."
             )
-
-
-def plan_searches(
-    attn: AttentionVariant,
-    mask: Mask,
-    attn_layers: Sequence[int],
-    mask_layers: Sequence[int],
-    *,
-    depth: int,
-    detect: int | None,
-    restart: int | None,
-) -> list[Search]:
-    """How the mask's tokens and the variant's token classes are looked for.
-
-    Classes are the published ones: massive tokens draw CLS with 0.3 of its own weight, at once;
-    artifacts are what an iterative search at 1.0 finds beside them.
-
-    Raises:
-        ValueError: a block does not exist, or comes too late.
-    """
-    usual = round(RESTART * depth)
-    searches = []
-    if mask.looks:
-        seen = next((d for d in (mask.detect, detect) if d is not None), mask_layers[0])
-        again = next((r for r in (mask.restart, restart) if r is not None), min(usual, seen))
-        for name, layer in (("detect", seen), ("restart", again)):
-            check_block(f"mask.{name}", layer)
-            parse_layers(layer, depth, setting=f"mask.{name}")
-        iterative = mask.rounds > 1 and mask.pattern is not None
-        if again > seen:
-            raise ValueError(
-                f"mask.restart={again}: expected a block up to mask.detect={seen}, so that what "
-                "was found changes what is seen there."
-            )
-        if mask_layers[0] < seen and not (iterative and mask_layers[0] >= again):
-            raise ValueError(
-                f"mask.detect={seen}: tokens are detected after block {mask_layers[0]}, the first "
-                "one that masks them; expected that block or an earlier one"
-                + (f", or mask.restart up to {mask_layers[0]}." if iterative else ".")
-            )
-        searches.append(
-            Search(
-                "mask",
-                mask.detector,
-                seen,
-                again,
-                rounds=mask.rounds,
-                per_round=mask.per_round if mask.schedule == "iterative" else None,
-                pattern=mask.pattern or "type1",
-                stage=mask.stage,
-                early=mask.rewrites,
-            )
-        )
-    if attn.token_classes:
-        seen = attn_layers[0] if detect is None else min(detect, attn_layers[0])
-        again = min(usual if restart is None else restart, seen)
-        # Artifacts are told from massive tokens, so those are looked for in any case.
-        searches.append(Search("massive", ClsProxyDetector(ratio=0.3), seen, again))
-        if "artifact" in attn.token_classes:
-            sinks = ClsProxyDetector(ratio=1.0)
-            searches.append(Search("artifact", sinks, seen, again, rounds=50, per_round=1))
-    return searches
 
 
 def _strongest(search: Search, shown: Evidence, new: Tensor) -> tuple[Tensor, Tensor]:
