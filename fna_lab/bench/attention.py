@@ -103,7 +103,7 @@ def bench_attention(args: argparse.Namespace, console: Console) -> list[dict[str
     rows: list[dict[str, Any]] = []
     names = chosen_variants(args.variants, console)
     cases = [(n, b, t) for t in args.dtype for b in args.batch for n in sorted(args.tokens)]
-    for tokens, batch, kind in track(cases, "attention", console=console):
+    for tokens, batch, kind in track(cases, "attention", console=console, auto_refresh=False):
         case = {"tokens": tokens, "batch": batch, "dtype": kind}
         runs = {}
         for name in names:

@@ -33,7 +33,7 @@ def bench_model(args: argparse.Namespace, console: Console) -> list[dict[str, An
     names = [n for n in chosen_variants(args.variants, console) if n not in packages.ATTENTION]
     names = ["exact", *(n for n in names if n != "exact")]
     cases = [(side, b, t) for t in args.dtype for b in args.batch for side in args.img_size]
-    for side, batch, kind in track(cases, args.model, console=console):
+    for side, batch, kind in track(cases, args.model, console=console, auto_refresh=False):
         backbone = TimmBackbone(name=args.model, pretrained=False, img_size=side)
         backbone = backbone.to(args.device, getattr(torch, kind))
         pictures = torch.randn(

@@ -40,7 +40,7 @@ def bench_selection(args: argparse.Namespace, console: Console) -> list[dict[str
     samplers = _samplers(args.samplers, console)
     rows = []
     cases = _model_inputs(args) if args.model else _synthetic_inputs(args)
-    for case, x, grid in track(list(cases), "selection", console=console):
+    for case, x, grid in track(list(cases), "selection", console=console, auto_refresh=False):
         normed = F.layer_norm(x, x.shape[-1:])
         runs = {name: _run(make, x, normed, grid, args.landmarks) for name, make in samplers}
         with torch.no_grad():
