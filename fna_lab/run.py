@@ -183,6 +183,7 @@ def _mask_facts(patched: Patch) -> dict[str, Any]:
         return facts
     rounds = torch.tensor(patched.rounds, dtype=torch.double)
     found = torch.tensor(patched.found, dtype=torch.double)
+    arisen = torch.tensor(patched.arisen, dtype=torch.double)
     return facts | {
         "pattern": mask.pattern,
         "stage": mask.stage,
@@ -196,6 +197,7 @@ def _mask_facts(patched: Patch) -> dict[str, Any]:
             "max": int(found.max()),
             "share": (found > 0).double().mean().item(),
             "rounds": rounds.mean().item(),
+            "new_per_removed": (arisen.sum() / found.sum().clamp(min=1)).item(),
             "cut_short": int((rounds == mask.rounds).sum()) if mask.rounds > 1 else 0,
         },
     }

@@ -243,3 +243,7 @@ def test_an_iterative_mask_of_blocks_before_detection_still_looks_where_the_back
     mask = json.loads((done / "metrics.json").read_text())["mask"]
     assert mask["detect"] == 5 and mask["layers"] == [3, 4, 5, 6, 7]
     assert mask["found"]["rounds"] == mask["found"]["mean"] > 2  # one token a round
+    rows = pq.read_table(done / "samples.parquet").to_pylist()
+    assert [len(row["mask_tokens"]) for row in rows] == [row["mask_rounds"] for row in rows]
+    # White patches draw CLS first; the black ones are sinks only once those are gone.
+    assert 0 < mask["found"]["new_per_removed"] < 1

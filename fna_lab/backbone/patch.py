@@ -192,17 +192,22 @@ class Patch:
     @property
     def found(self) -> list[int]:
         """How many tokens of T were detected in each picture so far."""
-        return [int(count) for counts, _ in self._finder.counts for count in counts]
+        return [int(count) for counts, *_ in self._finder.counts for count in counts]
 
     @property
     def rounds(self) -> list[int]:
         """In how many rounds, in each picture so far."""
-        return [int(number) for _, rounds in self._finder.counts for number in rounds]
+        return [int(number) for _, rounds, _ in self._finder.counts for number in rounds]
+
+    @property
+    def arisen(self) -> list[int]:
+        """How many tokens of T were found only once others were taken out, in each picture."""
+        return [int(count) for _, _, counts in self._finder.counts for count in counts]
 
     @property
     def pictures(self) -> int:
         """Pictures seen by the mask's detector so far."""
-        return sum(len(counts) for counts, _ in self._finder.counts)
+        return sum(len(counts) for counts, *_ in self._finder.counts)
 
     def forget(self) -> None:
         """Forget the pictures and detections so far."""

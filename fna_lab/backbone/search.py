@@ -82,17 +82,20 @@ class Found:
         tokens: the set, bool `[b n]`.
         ranks: the round in which each token was found, from 1; 0 = not found; long `[b n]`.
         scores: of an iterative search, how far each token stood out when it was found, else 0.
+        first: what the detector found before anything was taken out, bool `[b n]`.
         rows: `ops.token_rows(tokens)`, once somebody asks for it.
     """
 
     tokens: Tensor
     ranks: Tensor
     scores: Tensor
+    first: Tensor
     rows: tuple[Tensor, Tensor] | None = None
 
     def of(self, pictures: Tensor) -> Found:
         """The same of some pictures of the batch, long `[p]`."""
-        return Found(self.tokens[pictures], self.ranks[pictures], self.scores[pictures])
+        ranks, scores = self.ranks[pictures], self.scores[pictures]
+        return Found(self.tokens[pictures], ranks, scores, self.first[pictures])
 
 
 @dataclass
@@ -145,7 +148,8 @@ class Finder:
         has_cls: number of prefix tokens -> whether token 0 is CLS.
 
     Attributes:
-        counts: of every batch so far, tokens of T and rounds by picture, long `[b]` each.
+        counts: of every batch so far, by picture: tokens of T, rounds, and those of T that were
+            none before others were taken out; long `[b]` each.
     """
 
     def __init__(
@@ -160,7 +164,7 @@ class Finder:
         self.prefix = prefix
         self.has_cls = has_cls
         self.turn = tokens_first(blocks[0])
-        self.counts: list[tuple[Tensor, Tensor]] = []
+        self.counts: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def look(self, search: Search, state: Pass, x: Tensor, call: Call | None = None) -> None:
         """Rounds of detection until nothing new is found; what is found goes to the pass.
@@ -178,8 +182,9 @@ class Finder:
             ValueError: nothing would be left to attend to.
         """
         shown = self._evidence(search, state, x, None, call)
-        new, scores = _strongest(search, shown, search.detector(shown))
-        found = Found(new, new.long(), scores)
+        first = search.detector(shown)
+        new, scores = _strongest(search, shown, first)
+        found = Found(new, new.long(), scores, first)
         for number in range(2, search.rounds + 1):
             still = new.any(1).nonzero()[:, 0]  # pictures that may find more
             if len(still) == 0:
@@ -194,12 +199,14 @@ class Finder:
                 found.tokens | new,
                 found.ranks + number * new,
                 found.scores.index_add(0, still, scores),
+                first,
             )
         state.found[search.name] = found
         if search.name == "mask":
             self._check(search, found.tokens, state.kept)
             search.removal(found)  # finds the rows of T once, outside of any timed attention
-            self.counts.append((found.tokens.sum(1), found.ranks.amax(1)))
+            new = (found.tokens & ~first).sum(1)
+            self.counts.append((found.tokens.sum(1), found.ranks.amax(1), new))
 
     def masked(self, search: Search, state: Pass, layers: Sequence[int]) -> Tensor:
         """The detection block's input `[b n c]` once these blocks before it are masked."""

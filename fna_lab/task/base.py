@@ -84,7 +84,9 @@ class Task(L.LightningModule):
         before = dict(guard.counts) if guard else {}
         self.patched.meter = self.meter.attend if self.meter else None
         try:
+            done = len(self.rows)
             self.step(batch)
+            self._note_tokens(self.rows[done:])
         finally:
             self.patched.meter = None
         if guard and self.counter:
@@ -104,6 +106,16 @@ class Task(L.LightningModule):
         if batch_idx == 0 and self.measure_cost:
             with self.patched.uncounted():
                 self.costs = self._cost(batch["image"])
+
+    def _note_tokens(self, rows: list[dict[str, Any]]) -> None:
+        """Write down which tokens a mask found in each picture, in the order of its rounds."""
+        tokens, ranks = self.patched.tokens, self.patched.ranks
+        if tokens is None or ranks is None or len(tokens) != len(rows):
+            return
+        for row, mine, order in zip(rows, tokens, ranks, strict=True):
+            places = mine.nonzero()[:, 0]
+            row["mask_tokens"] = places[order[places].argsort(stable=True)].tolist()
+            row["mask_rounds"] = int(order.max())
 
     def step(self, batch: dict[str, Any]) -> None:
         """Update the metrics and rows with one batch."""
