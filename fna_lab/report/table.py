@@ -109,7 +109,7 @@ def _heading(record: Mapping[str, Any]) -> Text:
         text.append(f"({mask['threshold']}) at block {mask['detect']} finds ")
         one = _samples(backbone)[:-1]
         text.append(f"{found['mean']:.2f} tokens a {one}, in {found['share']:.0%} of them")
-        if mask["schedule"] == "iterative":
+        if mask.get("schedule") == "iterative":
             text.append(f", in {found['rounds']:.1f} rounds")
             text.append(f" ({found['cut_short']} at their bound)" if found["cut_short"] else "")
             text.append(f"; {found['new_per_removed']:.2f} new ones arise for each taken out")
