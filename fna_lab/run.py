@@ -120,10 +120,9 @@ def plan(
         depth,
         setting="mask.layers",
     )
-    iterative = mask.rounds > 1 and mask.pattern is not None
-    # An iterative search runs masked blocks before detection again; at once, they come too early.
-    detect = anatomy.detect if iterative else min(anatomy.detect, masked[0])
-    restart = min(anatomy.restart, masked[0]) if iterative else anatomy.restart
+    before = mask.masks_before
+    detect = anatomy.detect if before else min(anatomy.detect, masked[0])
+    restart = min(anatomy.restart, masked[0]) if before else anatomy.restart
     patching = {
         "mask": mask,
         "blocks": backbone.blocks_path,

@@ -259,9 +259,6 @@ class NoAttention(AttentionVariant):
 
 def attend_without(removal: Removal, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
     """Exact attention under the host's mask, without the pairs that are removed: `[b h n d]`."""
-    bias = context.attn_mask
-    if bias is not None and bias.dtype == torch.bool:
-        bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill(~bias, -torch.inf)
     return ops.masked_attention(
         q,
         k,
@@ -270,6 +267,6 @@ def attend_without(removal: Removal, q: Tensor, k: Tensor, v: Tensor, context: C
         pattern=removal.pattern,
         stage=removal.stage,
         scale=context.scale,
-        bias=bias,
+        bias=ops.as_bias(context.attn_mask, q.dtype),
         rows=(removal.rows, removal.valid),
     )

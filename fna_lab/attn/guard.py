@@ -175,8 +175,7 @@ class _Heads:
         """Exact attention of some queries: `[b h rows d]`."""
         mask = None if self.bias is None else self.bias[:, :, rows]
         if self.keys is not None:
-            keep = self.keys[:, None, None]
-            mask = keep if mask is None else mask.masked_fill(~keep, -torch.inf)
+            mask = ops.only_keys(self.keys, mask)
         return F.scaled_dot_product_attention(
             self.q[:, :, rows], self.k, self.v, attn_mask=mask, scale=scale
         )

@@ -40,17 +40,16 @@ def plan_searches(
         for name, layer in (("detect", seen), ("restart", again)):
             check_block(f"mask.{name}", layer)
             parse_layers(layer, depth, setting=f"mask.{name}")
-        iterative = mask.rounds > 1 and mask.pattern is not None
         if again > seen:
             raise ValueError(
                 f"mask.restart={again}: expected a block up to mask.detect={seen}, so that what "
                 "was found changes what is seen there."
             )
-        if mask_layers[0] < seen and not (iterative and mask_layers[0] >= again):
+        if mask_layers[0] < seen and not (mask.masks_before and mask_layers[0] >= again):
             raise ValueError(
                 f"mask.detect={seen}: tokens are detected after block {mask_layers[0]}, the first "
                 "one that masks them; expected that block or an earlier one"
-                + (f", or mask.restart up to {mask_layers[0]}." if iterative else ".")
+                + (f", or mask.restart up to {mask_layers[0]}." if mask.masks_before else ".")
             )
         searches.append(
             Search(

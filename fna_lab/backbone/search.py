@@ -240,7 +240,7 @@ class Finder:
             q=q,
             k=k,
             scale=scale,
-            bias=_as_bias(attn_mask, x.dtype),
+            bias=attn_mask,
             found=None if found is None else found.tokens,
             stage=search.stage,
             kept=kept,
@@ -332,10 +332,3 @@ def _of(x: Tensor, pictures: Tensor | None) -> Tensor:
 def _of_mask(part: Any, pictures: Tensor, batch: int) -> Any:
     is_mask = isinstance(part, Tensor) and part.ndim == 4 and part.shape[0] == batch
     return part[pictures] if is_mask else part
-
-
-def _as_bias(attn_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if attn_mask is None or attn_mask.dtype != torch.bool:
-        return attn_mask
-    zeros = torch.zeros_like(attn_mask, dtype=dtype)
-    return zeros.masked_fill(~attn_mask, -torch.inf)

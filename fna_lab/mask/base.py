@@ -107,6 +107,11 @@ class Mask:
         return self.max_rounds if self.schedule == "iterative" else 1
 
     @property
+    def masks_before(self) -> bool:
+        """Whether blocks before detection can be masked: they run again once T is known."""
+        return self.rounds > 1 and self.pattern is not None
+
+    @property
     def name(self) -> str:
         """The strategy's name in `conf/mask`: that of its file."""
         return type(self).__module__.rsplit(".", 1)[-1]

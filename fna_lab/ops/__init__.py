@@ -19,7 +19,7 @@ from fna_lab.ops.anatomy import (
     qk_alignment,
     top_activations,
 )
-from fna_lab.ops.attention import attention, attention_pattern
+from fna_lab.ops.attention import as_bias, attention, attention_pattern
 from fna_lab.ops.blocks import block_low_rank
 from fna_lab.ops.bootstrap import bootstrap_mean
 from fna_lab.ops.choices import (
@@ -122,6 +122,7 @@ __all__ = [
     "WITHOUT_TOKENS",
     "TOKEN_CLASSES",
     "alignment",
+    "as_bias",
     "attention",
     "attention_flops",
     "attention_pattern",

@@ -49,6 +49,18 @@ def attention(
     return out.masked_fill(~keep.any(-1, keepdim=True), 0)
 
 
+def as_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask of any kind as what is added to the logits.
+
+    Args:
+        mask: bool with True = may attend, a float bias, or None.
+        dtype: of the bias that a bool mask becomes.
+    """
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+
+
 def attention_pattern(
     q: Tensor, k: Tensor, *, scale: float | None = None, bias: Tensor | None = None
 ) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fna_lab.ops.checks import check_bool, check_float, check_index
 from fna_lab.ops.kernels.switch import use_kernels
+from fna_lab.ops.sketch import sketch_points
 
 
 def farthest_points(
@@ -74,9 +75,7 @@ def farthest_points(
     if points.dtype in (torch.float16, torch.bfloat16):
         points = points.float()
     if sketch is not None and sketch < channels:
-        generator = torch.Generator().manual_seed(0)
-        draw = torch.randn(channels, sketch, generator=generator).to(points)
-        points = points @ draw
+        points = sketch_points(points, sketch)
     if points.dtype == torch.float32 and use_kernels(points):
         from fna_lab.ops.kernels.points import farthest_points as on_chip
 

@@ -246,9 +246,6 @@ class Agreement(Task):
     def _judge(
         self, q: Tensor, k: Tensor, context: Context
     ) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        bias = context.attn_mask
-        if bias is not None and bias.dtype == torch.bool:
-            bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill(~bias, -torch.inf)
         found, scores, prefix = [], [], context.num_prefix_tokens
         for name, detector in self.detectors.items():
             evidence = Evidence(
@@ -259,7 +256,7 @@ class Agreement(Task):
                 q=q,
                 k=k,
                 scale=context.scale,
-                bias=bias,
+                bias=context.attn_mask,
                 kept=context.kept,
                 neurons=self.taps[name].read(),
                 prepared=self.prepared[name],

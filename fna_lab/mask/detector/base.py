@@ -25,7 +25,8 @@ class Evidence:
         q: queries `[b h n d]`; None for a detector that reads hidden states alone.
         k: keys `[b h n d]`; None likewise.
         scale: factor of the logits.
-        bias: added to the logits, broadcastable to `[b h n n]`; None = nothing.
+        bias: the host's mask: added to the logits, or bool with True = may attend, and then
+            made a bias; broadcastable to `[b h n n]`; None = nothing.
         found: tokens found in earlier rounds, bool `[b n]`; None in the first.
         stage: how those were taken out of this block's attention (`type1`), `mask` or `sink`.
         kept: tokens that are no padding, bool `[b n]`; None = all. The bias takes the others
@@ -48,6 +49,9 @@ class Evidence:
     kept: Tensor | None = None
     neurons: Tensor | None = None
     prepared: Any = None
+
+    def __post_init__(self) -> None:
+        self.bias = ops.as_bias(self.bias, self.x.dtype)
 
     def candidates(self) -> Tensor:
         """Tokens that may be found: no prefix, no padding, none found before; bool `[b n]`."""
