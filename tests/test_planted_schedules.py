@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,3 +80,23 @@ def test_ncut_takes_rare_content_for_artifacts() -> None:
         backbone(images)
         assert patched.tokens is not None and patched.tokens.any(1).all()
         assert not (patched.tokens & ~(odd["massive"] | odd["artifact"])).any()
+
+
+def test_ncut_of_all_pictures_at_once_finds_artifacts_exactly(tmp_path: Path) -> None:
+    """The published form, by a reference: the tokens of all pictures, cut together."""
+    backbone = PlantedBackbone()
+    data = PlantedData(transform=backbone.transform, count=12, batch_size=12)
+    data.setup()
+    images = next(iter(data.test_dataloader()))["image"]
+    seen: list[torch.Tensor] = []
+    backbone.host.blocks[5].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        backbone(images)
+        np.save(tmp_path / "tokens.npy", seen[0][:, 1:].reshape(-1, 64).numpy())
+        detector = NcutDetector(reference=str(tmp_path / "tokens.npy"))
+        with patch(
+            backbone.host, "exact", Type1Mask(detector=detector), detect=5, mask_layers="5-7"
+        ) as patched:
+            backbone(images)
+            found = patched.tokens
+    assert found is not None and torch.equal(found, backbone.truth(images)["artifact"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from fna_lab import ops
+from fna_lab.mask.detector.base import Evidence
+from fna_lab.mask.detector.ncut import NcutDetector
 from fna_lab.metric.topology import Topology
 from fna_lab.report.topology import ncut_colours
 
@@ -98,6 +101,17 @@ def test_without_scikit_learn_eigenvectors_are_the_colours(
     np.testing.assert_allclose(colours, wanted, atol=1e-5)
 
 
+def test_tokens_that_were_left_are_a_reference_of_the_detector(tmp_path: Path) -> None:
+    x = pictures()
+    found = measured(x, 2, tokens=True)
+    assert torch.equal(found["tokens"], x.reshape(-1, 6))
+    assert "tokens" not in measured(x, 2)
+    np.savez(tmp_path / "arrays.npz", **{name: value.numpy() for name, value in found.items()})
+    detector = NcutDetector(reference=str(tmp_path / "arrays.npz"), component=2, samples=None)
+    scores = detector.scores(Evidence(x=x, num_prefix_tokens=0, has_cls=False))
+    torch.testing.assert_close(scores, found["map_ncut"][..., 1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -105,6 +119,7 @@ def test_without_scikit_learn_eigenvectors_are_the_colours(
         ({"heights": True}, "task.topology.heights=True"),
         ({"eigenvectors": None}, "task.topology.eigenvectors=None: expected an integer >= 4."),
         ({"samples": 3}, "task.topology.samples=3: expected an integer >= 4, or null"),
+        ({"tokens": 1}, "task.topology.tokens=1: expected true or false"),
         ({"heights": 8}, "task.topology.heights=8: expected a block from 0 to 7"),
     ],
 )

@@ -24,6 +24,7 @@ class Topology:
         eigenvectors: how many, fewer where there are fewer tokens.
         samples: most tokens that stand for all in the cut (published: 20,000 of 12,850, which is
             exact); None = exact.
+        tokens: leave the tokens themselves, too, for `mask.detector.reference` of `ncut`.
 
     Attributes:
         blocks: the two blocks, once `choose` was called.
@@ -39,6 +40,7 @@ class Topology:
         heights: int | None = None,
         eigenvectors: int = 100,
         samples: int | None = 1024,
+        tokens: bool = False,
     ) -> None:
         for name, value, least in (
             ("places", places, 0),
@@ -52,9 +54,12 @@ class Topology:
                     f"task.topology.{name}={value!r}: expected an integer >= {least}"
                     + ("." if name == "eigenvectors" else ", or null.")
                 )
+        if not isinstance(tokens, bool):
+            raise ValueError(f"task.topology.tokens={tokens!r}: expected true or false.")
         self.blocks = places, heights
         self.eigenvectors = eigenvectors
         self.samples = samples
+        self.leave = tokens
         self.tokens: list[Tensor] = []
         self.kept: list[Tensor] = []
 
@@ -88,7 +93,8 @@ class Topology:
             `map_ncut`, `[pictures p k]`: eigenvectors of the cut but the constant one, in root
             mean squares; padding is NaN in both. `ncut_values` `[k]`; `topology_blocks` `[2]`;
             `topology_samples` `[s]`: farthest tokens among the eigenvectors, as indices into all
-            tokens that are no padding. Nothing where there are fewer than five tokens.
+            tokens that are no padding; `tokens` `[s c]` where they were asked for. Nothing where
+            there are fewer than five tokens.
         """
         if not self.tokens:
             return {}
@@ -107,7 +113,8 @@ class Topology:
             found[there] = values
             return found.float()
 
-        return {
+        more = {"tokens": pool[0]} if self.leave else {}
+        return more | {
             "map_place": spread(place),
             "map_ncut": spread(ncut),
             "ncut_values": cut.values[0, 1:],

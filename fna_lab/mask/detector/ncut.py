@@ -34,8 +34,10 @@ class NcutDetector(Detector):
         massive: tokens of a norm above so many medians are left out; None = all take part.
         value: least eigenvalue of the component, 0 to 1; below it no token is found.
         samples: most tokens that stand for all others (Nystroem); None = exact.
-        reference: a `.npy` file of tokens `[m c]` of the detection block, or of an `.npz` file
-            the array `tokens`; None = each picture's own cut.
+        reference: a `.npy` file of patch tokens `[m c]` at the detection block, or an `.npz` file
+            with the array `tokens`, such as the `arrays.npz` of a run of `task=anatomy` with
+            `task.measure=[topology]`, `task.topology.tokens=true` and `task.topology.places` set
+            to that block; None = each picture's own cut.
 
     Raises:
         ValueError: a setting is out of range, or the file holds no tokens.
