@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fna_lab.report import canvas, token_maps
+from fna_lab.report import topology as landscape
 from fna_lab.report.figure import COLOURS
 
 Record = Mapping[str, Any]
@@ -37,6 +38,8 @@ def draw(record: Record, arrays: Arrays, folder: Path) -> list[Path]:
         drawn.append(canvas.save(token_maps.tokens(record, arrays), folder / "tokens.png"))
     if "map_pca_final" in arrays:
         drawn.append(canvas.save(token_maps.components(record, arrays), folder / "pca.png"))
+    if "map_ncut" in arrays:
+        drawn.append(canvas.save(landscape.topology(record, arrays), folder / "topology.png"))
     return drawn
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ from fna_lab.metric.mass import (
     mass_facts,
     sink_facts,
 )
+from fna_lab.metric.topology import Topology
 from fna_lab.task.base import Task
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ MEASURES = (
     "growth",
     "decay",
     "pca",
+    "topology",
 )
 DEFAULT = ("facts", "norms", "mass", "incoming", "sink_rate", "growth", "pca")
 # What stands in the maps for the class of tokens that are none.
@@ -72,9 +74,10 @@ class Anatomy(Task):
     Args:
         measure: what is measured: a list of `MEASURES`, or `all`.
         pictures: the first so many pictures are looked at closely: maps, suppression, growth,
-            decay, components.
+            decay, components, topology.
         rounds: of `decay`: most tokens that are taken out, one a round.
         epsilon: of `sink_rate`: share of a head's attention that makes a token a sink.
+        topology: of `topology`: settings of `metric.topology.Topology`.
         figures: draw the figures of the run.
         cost: measure latency and memory on the first batch.
         **common: see `Task`.
@@ -90,6 +93,7 @@ class Anatomy(Task):
         pictures: int = 4,
         rounds: int = 8,
         epsilon: float = 0.3,
+        topology: Mapping[str, Any] | None = None,
         figures: bool = True,
         cost: bool = False,
         **common: Any,
@@ -112,6 +116,9 @@ class Anatomy(Task):
         self.pictures = pictures
         self.rounds = rounds
         self.epsilon = epsilon
+        self.topology = Topology(**(topology or {}))
+        anatomy, depth = self.backbone.anatomy, self.backbone.depth
+        self.topology.choose(anatomy.restart, anatomy.detect, depth)
         self.figures = figures
         self.means = nn.ModuleDict()
         self.maps: dict[str, list[Tensor]] = {}
@@ -203,6 +210,9 @@ class Anatomy(Task):
                 self.maps |= {"matrix": [part], "matrix_tokens": [tokens]}
         if "pca" in wanted and layer == self.backbone.anatomy.detect:
             self._components("detect", x[:few, context.num_prefix_tokens :], kept)
+        if "topology" in wanted and layer == self.topology.blocks[0]:
+            patches = x[:few, context.num_prefix_tokens :]
+            self.topology.add(patches, None if kept is None else _of_patches(kept, patches))
         return facts
 
     def _closely(self, images: Tensor, members: Tensor, patches: Tensor) -> dict[str, Tensor]:
@@ -341,6 +351,8 @@ class Anatomy(Task):
         pictures = {name: torch.cat(parts) for name, parts in self.maps.items()}
         for name, value in _stacked(pictures).items():
             self.arrays[f"map_{name}"] = value.cpu().numpy()
+        for name, value in self.topology.results().items():
+            self.arrays[name] = value.cpu().numpy()
         return {name: value for name, value in super().results().items() if value == value}
 
     def _objects(self, batch: dict[str, Any]) -> Tensor | None:
