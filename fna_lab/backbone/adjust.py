@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from fna_lab import ops
 from fna_lab.attn.base import Context
 from fna_lab.backbone.parts import out_projection
+from fna_lab.backbone.search import Pass
 from fna_lab.mask.base import Mask
 
 
@@ -43,6 +44,17 @@ class Adjuster:
             yield projection.register_forward_hook(self._behind)
             # A block that raises must leave nothing for the next pass, which may be unpatched.
             yield self.blocks[layer].register_forward_hook(self._forget, always_call=True)
+
+    def rewrite(self, x: Tensor, tokens: Tensor, state: Pass, prefix: int, extra: int) -> Tensor:
+        """The first masked block's input `[b n c]` as the strategy changes it, given T.
+
+        Tokens that are appended behind the host's own, `extra` of them, stay as they are.
+        """
+        own = x.shape[1] - extra
+        kept = None if state.kept is None else state.kept[:, :own]
+        where = {"num_prefix_tokens": prefix, "grid": state.grid, "kept": kept}
+        new = self.mask.rewrite(x[:, :own], tokens[:, :own], **where)
+        return torch.cat([new, x[:, own:]], dim=1) if extra else new
 
     def before(
         self, context: Context, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None

@@ -71,7 +71,7 @@ from fna_lab.ops.nystrom import (
     only_keys,
     subset_attention,
 )
-from fna_lab.ops.padding import kept_tokens, medians, num_kept, patches_of
+from fna_lab.ops.padding import kept_before, kept_tokens, medians, num_kept, patches_of
 from fna_lab.ops.patterns import (
     PATTERNS,
     STAGES,
@@ -160,6 +160,7 @@ __all__ = [
     "inverse_residual",
     "knn_probabilities",
     "leverage_scores",
+    "kept_before",
     "kept_tokens",
     "linear_map",
     "masked_attention",
