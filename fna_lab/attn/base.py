@@ -88,6 +88,7 @@ class AttentionVariant(ABC):
     Attributes:
         patterns: the mask patterns that the variant honours, in both stages.
         reweighs: whether it honours strategies that change weights.
+        extends: whether it honours strategies that append tokens behind the host's own.
         min_tokens: the fewest tokens that it can work on.
         token_classes: classes (`massive`, `artifact`) that must be detected for it.
         num_extra_tokens: tokens that its `hooks` append behind the host's own.
@@ -97,6 +98,7 @@ class AttentionVariant(ABC):
 
     patterns: Iterable[str] = ()
     reweighs: bool = False
+    extends: bool = False
     min_tokens: int = 1
     token_classes: tuple[str, ...] = ()
     num_extra_tokens: int = 0

@@ -154,7 +154,7 @@ class Patch:
     @property
     def _touched(self) -> set[int]:
         read = {layer for search in self.searches for layer in search.reruns}
-        return {*self.attn_layers, *self.mask_layers, *read}
+        return {*self.attn_layers, *self.mask_layers, *self._adjuster.span, *read}
 
     @property
     def detect(self) -> int | None:
@@ -261,13 +261,11 @@ class Patch:
         embedding = find_patch_embedding(self.model, self._path)
         if embedding is not None:
             self._hooks.append(embedding.register_forward_hook(self._begin))
+        prefix = partial(self._prefix, layer=self.attn_layers[0])
         self._hooks += self.attn.hooks(
-            self.blocks,
-            self.attn_layers,
-            enabled=lambda: self.enabled,
-            prefix=partial(self._prefix, layer=self.attn_layers[0]),
+            self.blocks, self.attn_layers, enabled=lambda: self.enabled, prefix=prefix
         )
-        self._hooks += self._adjuster.hooks()
+        self._hooks += self._adjuster.hooks(lambda: self._pass if self.enabled else None)
         for layer in sorted(self._touched):
             self._take(layer)
 
@@ -348,7 +346,7 @@ class Patch:
             num_extra_tokens=self._extra(layer),
             has_cls=self._has_cls(prefix),
             grid=self._pass.grid,
-            attn_mask=attn_mask,
+            attn_mask=self._adjuster.keys(attn_mask, x, layer, self._pass),
             removal=self._removal(layer) if again is None else again.removal,
             shared=self._pass.shared,
             stopwatch=self.stopwatch if again is None else None,
@@ -386,7 +384,8 @@ class Patch:
 
     def _extra(self, layer: int) -> int:
         """Tokens that are appended behind the host's own in a block."""
-        return self.attn.num_extra_tokens if layer >= self.attn_layers[0] else 0
+        mine = self.attn.num_extra_tokens if layer >= self.attn_layers[0] else 0
+        return mine + self._adjuster.extra(layer, self._pass)
 
     def _prefix(self, x: Tensor, layer: int) -> int:
         """Tokens before the patch tokens, from the grid that the patch embedding made."""

@@ -27,6 +27,11 @@ def check_fit(attn: AttentionVariant, mask: Mask) -> None:
             f"attn={attn.name} cannot honour mask={mask.name}, which changes attention weights; "
             "use attn=exact."
         )
+    if mask.appends and not attn.extends:
+        raise NotImplementedError(
+            f"attn={attn.name} cannot honour mask={mask.name} with a concatenation, which appends "
+            "tokens behind the others; use attn=exact."
+        )
 
 
 def plan_searches(

@@ -107,6 +107,8 @@ class Pass:
         nth: how many blocks with the attention variant ran.
         grid: (rows, columns) of the patch tokens.
         kept: tokens that are no padding, bool `[b n]`; None = all.
+        appended: which tokens that a mask appended are no padding, bool `[b t]`; None before.
+        ran: blocks that attended to them so far.
         found: by the name of the search.
         shared: by attention variants.
         calls: positional and keyword arguments of the blocks that may run again.
@@ -117,6 +119,8 @@ class Pass:
     nth: int = 0
     grid: tuple[int, int] | None = None
     kept: Tensor | None = None
+    appended: Tensor | None = None
+    ran: int = 0
     found: dict[str, Found] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)

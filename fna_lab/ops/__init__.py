@@ -106,7 +106,9 @@ from fna_lab.ops.solvers import newton_schulz, ridge_solve
 from fna_lab.ops.spread import spread_points
 from fna_lab.ops.strategies import (
     CORRECTIONS,
+    MOVES,
     REPLACEMENTS,
+    moved_tokens,
     projection_correction,
     redistribute,
     replace_tokens,
@@ -117,6 +119,7 @@ __all__ = [
     "CORRECTIONS",
     "INCOMING_RULES",
     "PATTERNS",
+    "MOVES",
     "REPLACEMENTS",
     "STAGES",
     "WITHOUT_TOKENS",
@@ -167,6 +170,7 @@ __all__ = [
     "matching_places",
     "mean_of_tokens",
     "medians",
+    "moved_tokens",
     "merge_tokens",
     "nearest_landmarks",
     "newton_schulz",
