@@ -209,6 +209,21 @@ def test_a_detector_leaves_added_tokens_and_the_prefix_alone():
             assert torch.equal(patched.tokens[:, :30], plain.tokens)
 
 
+@pytest.mark.parametrize(
+    "appends",
+    [
+        ["attn=registers", "attn.layers=4-7", "attn.neurons=[[4,1]]"],
+        ["attn=exact", "mask=replace", "mask.how=concatenation", "mask.layers=5-7"],
+    ],
+)
+def test_fidelity_leaves_added_tokens_out(appends, tmp_path):
+    settings = ["backbone=planted", "data=planted", "data.limit=2", "task=fidelity"]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("config", [*settings, *appends, "trainer=cpu"])
+    found = run(cfg, tmp_path)["metrics"]
+    assert found["layer_error/03"] == 0 and 0 < found["layer_error/07"] < 10
+
+
 @pytest.mark.parametrize("task", ["anatomy", "agreement"])
 def test_tasks_that_class_every_token_refuse_added_ones(task, tmp_path):
     settings = ["backbone=planted", "data=planted", "data.limit=2", f"task={task}",
