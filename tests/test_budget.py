@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,27 @@ def test_bad_budgets_are_named(more: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         fna_lab.solve_budget(model, x, **({"candidates": FEW} | more))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("budget", [1e-40, 1e-15, 1e-9])
+def test_a_budget_out_of_reach_names_the_smallest_error(budget: float) -> None:
+    host, model, x = build("timm vit")
+    with pytest.raises(ValueError, match=f"attn.budget={budget}: no choice") as told:
+        fna_lab.solve_budget(model, x, "fna", budget=budget, candidates=FEW)
+    said = str(told.value)
+    least = float(said.split("measured is ")[1].split(" ")[0])
+    landmarks = {int(i): int(num) for i, num in re.findall(r"(\d+): (\d+)", said)}
+    exact = features(host, model, x)
+    with fna_lab.patch(model, "fna", layers=sorted(landmarks), num_landmarks=landmarks):
+        found = features(host, model, x)
+    error = max(
+        float((1 - F.cosine_similarity(a.double(), b.double(), dim=-1).mean(1)).max())
+        for a, b in zip(exact, found, strict=True)
+    )
+    assert least == pytest.approx(error, rel=1e-2)
+    # A budget of as much is kept.
+    kept = fna_lab.solve_budget(model, x, "fna", budget=1.01 * least, candidates=FEW)
+    assert kept.error <= 1.01 * least
 
 
 # --- command line ---

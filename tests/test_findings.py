@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab import ops
@@ -79,6 +81,72 @@ def test_without_massive_tokens_nothing_is_claimed() -> None:
         if finding.name == "landmark_classes":
             continue  # CLS is there, and is judged alone
         assert finding.verdict(finding.measure(lab), backbone).holds is None
+
+
+def _by_hand(backbone: Backbone, images: Tensor, tokens: Tensor, stage: str) -> Tensor:
+    """The strongest sink that is left, with attention written out in the blocks of a timm BEiT."""
+    first, last = backbone.anatomy.restart, backbone.anatomy.detect
+    host: Any = backbone.host
+    states: list[Tensor] = []
+    hook = host.blocks[first].register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    backbone(images)
+    hook.remove()
+    (x,) = states
+    for block in host.blocks[first : last + 1]:
+        normed, attn = block.norm1(x), block.attn
+        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+        packed = F.linear(normed, attn.qkv.weight, bias).unflatten(-1, (3, attn.num_heads, -1))
+        q, k, v = packed.permute(2, 0, 3, 1, 4)
+        logits = q @ k.mT * q.shape[-1] ** -0.5 + attn._get_rel_pos_bias()
+        gone = tokens[:, None, None]
+        if stage == "mask":
+            weights = logits.masked_fill(gone, -torch.inf).softmax(-1)
+        else:
+            weights = logits.softmax(-1).masked_fill(gone, 0)
+        mixed = attn.proj((weights @ v).transpose(1, 2).flatten(2))
+        x = x + block.gamma_1 * mixed
+        x = x + block.gamma_2 * block.mlp(block.norm2(x))
+    row = weights[:, :, 0].mean(1)
+    return (row / row[:, :1]).masked_fill(tokens, -torch.inf)[:, 1:].amax(1)
+
+
+@pytest.mark.parametrize("stage", ["mask", "sink"])
+def test_the_strongest_sink_is_that_under_the_position_bias(stage: str) -> None:
+    torch.manual_seed(0)
+    backbone = TimmBackbone(name="beit_base_patch16_224", pretrained=False, img_size=64)
+    for block in backbone.blocks:
+        torch.nn.init.normal_(block.attn.relative_position_bias_table, std=2.0)
+        block.gamma_1.data.fill_(1.0)
+        block.gamma_2.data.fill_(1.0)
+    images = torch.randn(2, 3, 64, 64)
+    tokens = torch.zeros(2, 17, dtype=torch.bool)
+    tokens[0, [3, 8]] = True
+    tokens[1, 16] = True
+    lab = Lab(backbone, images)
+    wanted = _by_hand(backbone, images, tokens, stage)
+    torch.testing.assert_close(lab.strongest(tokens, stage), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_strongest_sink_is_looked_for_in_few_blocks(planted: Backbone, images: Tensor) -> None:
+    (finding,) = named_findings(["sinking_is_gradual"])
+    lab = Lab(planted, images, rounds=12)
+    lab.iterative("mask")
+    ran = [0] * planted.depth
+
+    def count(layer: int) -> None:
+        ran[layer] += 1
+
+    hooks = [
+        block.register_forward_hook(lambda *_, layer=i: count(layer))
+        for i, block in enumerate(planted.blocks)
+    ]
+    found = finding.measure(lab)
+    for hook in hooks:
+        hook.remove()
+    first, last = planted.anatomy.restart, planted.anatomy.detect
+    rounds = 2 * (1 + int(found["masking"].isfinite().any(0).nonzero().max()))
+    assert rounds > 8
+    assert ran == [1 + rounds * (first <= layer <= last) for layer in range(planted.depth)]
 
 
 def test_a_cls_that_attends_evenly_has_no_massive_tokens() -> None:

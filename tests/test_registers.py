@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from hosts import HOSTS, build
+from hydra import compose, initialize_config_dir
 
 import fna_lab
 from fna_lab import ops
@@ -14,6 +15,10 @@ from fna_lab.attn.registers import RegistersAttention, _mlp_output
 from fna_lab.backbone.blocks import find_blocks
 from fna_lab.backbone.neurons import find_register_neurons
 from fna_lab.backbone.parts import mlp_output
+from fna_lab.cli import conf_dir
+from fna_lab.mask.detector.norm_ratio import NormRatioDetector
+from fna_lab.mask.replace import ReplaceMask
+from fna_lab.run import run
 
 REFUSED = ("timm beit", "timm beitv2", "timm eva02", "timm dinov3")
 every_host = pytest.mark.parametrize("name", [name for name in HOSTS if name not in REFUSED])
@@ -162,3 +167,68 @@ def test_a_highest_layer_beyond_the_host_is_named():
     _, model, x = build("timm vit")
     with pytest.raises(ValueError, match="attn.highest_layer=4: the host has 4 blocks"):
         RegistersAttention(highest_layer=4).calibrate(lambda: model(x), find_blocks(model)[1])
+
+
+@pytest.mark.parametrize("name", ["timm vit", "timm dinov2 registers", "open_clip"])
+def test_an_observer_sees_added_tokens_as_added_ones_in_every_block(name):
+    host, model, x = build(name)
+    size, seen = 25 + host.prefix, []
+    settings = dict(neurons=NEURONS, num_registers=3)
+    with fna_lab.patch(model, "registers", layers=[1], **settings) as patched:
+        with patched.observed(lambda q, k, v, context: seen.append((k.shape[2], context))):
+            host.run(model, x)
+        hooks = sum(len(block._forward_pre_hooks) for block in patched.blocks)
+        host.run(model, x)
+    assert hooks == 2 and len(seen) == 4  # of the other blocks nothing is left
+    for layer, (keys, context) in enumerate(seen):
+        extra = 3 * (layer >= 1)
+        assert context.layer == layer and keys == context.x.shape[1] == size + extra
+        assert (context.num_prefix_tokens, context.num_extra_tokens) == (host.prefix, extra)
+        if not extra:
+            assert context.kept is None
+            continue
+        wanted = torch.arange(size + 3) < size
+        assert torch.equal(context.kept, wanted.expand(3, -1))
+
+
+def test_a_detector_leaves_added_tokens_and_the_prefix_alone():
+    host, model, x = build("timm dinov2 registers")
+    before = build("timm dinov2 registers")[1]
+    mask = ReplaceMask(how="mean", detector=NormRatioDetector(ratio=1.02))
+    with fna_lab.patch(before, "exact", mask, layers="all", mask_layers="2-3", detect=0) as plain:
+        host.run(before, x)
+    settings = dict(neurons=NEURONS, num_registers=3)
+    for detect, size in ((0, 30), (2, 33)):
+        with fna_lab.patch(
+            model, "registers", mask, layers="1-", mask_layers="2-3", detect=detect, **settings
+        ) as patched:
+            host.run(model, x)
+        assert patched.tokens.shape == (3, size) and patched.tokens.any()
+        assert not patched.tokens[:, :5].any() and not patched.tokens[:, 30:].any()
+        if detect == 0:
+            assert torch.equal(patched.tokens[:, :30], plain.tokens)
+
+
+@pytest.mark.parametrize(
+    "appends",
+    [
+        ["attn=registers", "attn.layers=4-7", "attn.neurons=[[4,1]]"],
+        ["attn=exact", "mask=replace", "mask.how=concatenation", "mask.layers=5-7"],
+    ],
+)
+def test_fidelity_leaves_added_tokens_out(appends, tmp_path):
+    settings = ["backbone=planted", "data=planted", "data.limit=2", "task=fidelity"]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("config", [*settings, *appends, "trainer=cpu"])
+    found = run(cfg, tmp_path)["metrics"]
+    assert found["layer_error/03"] == 0 and 0 < found["layer_error/07"] < 10
+
+
+@pytest.mark.parametrize("task", ["anatomy", "agreement"])
+def test_tasks_that_class_every_token_refuse_added_ones(task, tmp_path):
+    settings = ["backbone=planted", "data=planted", "data.limit=2", f"task={task}",
+                "attn=registers", "attn.layers=4-7", "attn.neurons=[[4,1]]"]  # fmt: skip
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("config", [*settings, "trainer=cpu"])
+    with pytest.raises(ValueError, match=f"task={task} with attn=registers: the 1 tokens that"):
+        run(cfg, tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from hosts import HOSTS, build
@@ -265,3 +267,142 @@ def test_half_precision_does_not_overflow_and_zero_tokens_stay_finite():
 def test_values_of_the_wrong_kind_are_named(make, setting, value):
     with pytest.raises(ValueError, match=f"{setting}="):
         make(value)
+
+
+NO_PLACE = {  # of position encodings that have no place for appended tokens
+    "timm beit": "attention mask or position bias",
+    "timm beitv2": "attention mask or position bias",
+    "timm eva02": "rotary embedding",
+    "timm dinov3": "rotary embedding",
+}
+
+
+@pytest.mark.parametrize("how", ops.MOVES)
+def test_moved_tokens_are_what_they_say(how):
+    x, tokens = drawn()
+    tokens[1] = False
+    moved, valid = ops.moved_tokens(x, tokens, how, seed=3)
+    assert moved.shape == (3, int(tokens.sum(1).max()), 8)
+    assert valid.sum(1).tolist() == tokens.sum(1).tolist() and not moved[~valid].any()
+    for b in (0, 2):
+        mine, found = x[b][tokens[b]], moved[b][valid[b]]
+        if how == "concatenation":
+            assert torch.equal(found, mine)
+        elif how == "mean_concatenation":
+            torch.testing.assert_close(found, mine.mean(0).expand_as(mine))
+        else:
+            assert torch.equal(found.sort(1).values, mine.sort(1).values)
+            order = [(mine[0] == value).nonzero().item() for value in found[0]]
+            assert order != list(range(8)) and torch.equal(found, mine[:, order])
+
+
+class Few(NormGapDetector):
+    """One patch of the first picture, three of the second, none of the third, whatever they are.
+
+    Where pictures are alone, their first pixel says which one it is.
+    """
+
+    def __init__(self, which):
+        super().__init__(min_gap=0)
+        self.which = which
+
+    def __call__(self, evidence):
+        found = torch.zeros_like(evidence.candidates())
+        for row, which in zip(found, self.which(), strict=True):
+            row[evidence.num_prefix_tokens + torch.tensor([[4], [3, 9, 20], []][which]).long()] = 1
+        return found
+
+
+def by_hand(blocks, first, x, t, how, prefix):
+    """One picture `[1 n c]` through the blocks from `first` on with its moved tokens behind it."""
+    moved = ops.moved_tokens(x, t, how)[0]
+    x = ops.replace_tokens(x, t, "median", prefix=prefix, grid=(5, 5))
+    n, x = x.shape[1], torch.cat([x, moved], 1)
+    for block in blocks[first:]:
+        asks = "attention_mask" in inspect.signature(block.forward).parameters
+        x = block(x, attention_mask=None) if asks else block(x)
+        x = x[0] if isinstance(x, tuple) else x
+    return x[:, :n]
+
+
+@every_host
+@pytest.mark.parametrize("how", ops.MOVES)
+def test_concatenation_on_every_host(name, how):
+    host, model, x = build(name)
+    path, blocks = find_blocks(model)
+    now = [0, 1, 2]
+    mask = ReplaceMask(how=how, detector=Few(lambda: now))
+    if name in NO_PLACE:
+        with fna_lab.patch(model, "exact", mask, layers="1-2", mask_layers=[2]):
+            with pytest.raises(NotImplementedError, match="mask=replace with a conc") as told:
+                host.run(model, x)
+        assert NO_PLACE[name] in str(told.value) and "no place in it" in str(told.value)
+        return
+    before = host.run(model, x)
+    ends, given = [], []
+    hooks = [
+        blocks[-1].register_forward_hook(
+            lambda _, args, out: ends.append(out[0] if isinstance(out, tuple) else out)
+        ),
+        blocks[2].register_forward_pre_hook(
+            lambda _, args, kwargs: given.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        ),
+    ]
+    host.run(model, x)
+    start, plain = given[0], ends.pop()
+    with fna_lab.patch(model, "exact", mask, layers="1-2", mask_layers=[2]) as patched:
+        hooks += [
+            blocks[-1].register_forward_hook(
+                lambda _, args, out: ends.append(out[0] if isinstance(out, tuple) else out)
+            )
+        ]
+        together = host.run(model, x)
+        tokens, last = patched.tokens, ends[-1]
+        with patched.disabled():
+            assert torch.equal(host.run(model, x), before)
+        alone = []
+        for number in range(3):
+            now[:] = [number]
+            alone.append(host.run(model, x[number : number + 1]))
+    for hook in hooks:
+        hook.remove()
+    assert tokens.sum(1).tolist() == [1, 3, 0] and last.shape == plain.shape
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(together[2], before[2], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(together[:2], before[:2], rtol=1e-3, atol=1e-4)
+    assert torch.equal(host.run(model, x), before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with torch.no_grad():
+        for b in range(3):
+            one = by_hand(blocks, 2, start[b : b + 1], tokens[b : b + 1], how, host.prefix)
+            torch.testing.assert_close(last[b : b + 1], one, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("attn", ["fna", "performer", "tome", "registers", "block_svd"])
+def test_variants_that_cannot_honour_appended_tokens_refuse_by_name(attn):
+    _, model, _ = build("timm vit")
+    more = {"neurons": [[2, 3]]} if attn == "registers" else {}
+    mask = ReplaceMask(how="concatenation")
+    with pytest.raises(NotImplementedError, match=f"attn={attn} cannot honour mask=replace with"):
+        fna_lab.patch(model, attn, mask, layers="1-", **more)
+
+
+def test_another_patch_behind_appended_tokens_is_an_error():
+    host, model, x = build("timm vit")
+    mask = ReplaceMask(how="concatenation", detector=Few(lambda: [0, 1, 2]))
+    with (
+        fna_lab.patch(model, "exact", mask, layers="1-", mask_layers=[1]),
+        fna_lab.patch(model, "exact", layers=[2]),
+        pytest.raises(RuntimeError, match="that 1 of the blocks behind know nothing of"),
+    ):
+        host.run(model, x)
+
+
+def test_without_tokens_concatenation_changes_nothing():
+    host, model, x = build("timm dinov2 registers")
+    before = host.run(model, x)
+    mask = ReplaceMask(how="concatenation", detector=NormRatioDetector(ratio=1e6))
+    with fna_lab.patch(model, "exact", mask, layers="1-", mask_layers="2-") as patched:
+        torch.testing.assert_close(host.run(model, x), before, rtol=1e-4, atol=1e-5)
+        assert patched.found == [0, 0, 0]

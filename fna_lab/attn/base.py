@@ -44,6 +44,7 @@ class Context:
         scale: factor of the logits, in the host's own convention.
         x: the block's input `[b n c]`.
         num_prefix_tokens: CLS and registers before the patch tokens.
+        num_extra_tokens: tokens that are appended behind the host's own.
         has_cls: whether token 0 is CLS.
         grid: (rows, columns) of the patch tokens, None where unknown.
         attn_mask: the host's own mask or bias, as SDPA takes it.
@@ -67,11 +68,12 @@ class Context:
     stopwatch: Stopwatch | None = None
     classes: dict[str, Tensor] = field(default_factory=dict)
     reweigh: Callable[[Tensor], Tensor] | None = None
+    num_extra_tokens: int = 0
 
     @property
     def kept(self) -> Tensor | None:
-        """Tokens that are no padding, bool `[b n]`, by the host's mask; None = all."""
-        kept = ops.kept_tokens(self.attn_mask)
+        """The host's own tokens that are no padding, bool `[b n]`; None = all are."""
+        kept = ops.kept_before(ops.kept_tokens(self.attn_mask), self.x, self.num_extra_tokens)
         return None if kept is None else kept.expand(self.x.shape[0], -1)
 
     @property
@@ -86,6 +88,7 @@ class AttentionVariant(ABC):
     Attributes:
         patterns: the mask patterns that the variant honours, in both stages.
         reweighs: whether it honours strategies that change weights.
+        extends: whether it honours strategies that append tokens behind the host's own.
         min_tokens: the fewest tokens that it can work on.
         token_classes: classes (`massive`, `artifact`) that must be detected for it.
         num_extra_tokens: tokens that its `hooks` append behind the host's own.
@@ -95,6 +98,7 @@ class AttentionVariant(ABC):
 
     patterns: Iterable[str] = ()
     reweighs: bool = False
+    extends: bool = False
     min_tokens: int = 1
     token_classes: tuple[str, ...] = ()
     num_extra_tokens: int = 0

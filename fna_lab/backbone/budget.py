@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 CANDIDATES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 ROUNDS = 12
+FINEST = 3  # blocks that are tried alone before the budget is said to be out of reach
 REACH_PICTURES = 2  # enough to tell blocks apart; the choice itself is checked on all
 
 Features = Callable[[Tensor], Sequence[Tensor]]
@@ -159,11 +160,25 @@ def solve_budget(
         else:
             limit = math.sqrt(holds * fails)
     if best is None:
-        least = min(error for picks, error in known.items() if any(picks))
+        # The least that can be done is one block at its finest; the limits may have missed it.
+        alone = [
+            (error, i, num)
+            for i, row in zip(options, errors, strict=True)
+            for error, num in sorted(zip(row[1:], options[i][1:], strict=True))[:1]
+        ]
+        for _, layer, num in sorted(alone)[:FINEST]:
+            picks = tuple(options[i].index(num) if i == layer else 0 for i in options)
+            known[picks] = bench.error({layer: num})
+            if known[picks] <= budget and best is None:
+                cost = sum(row[p] for row, p in zip(costs, picks, strict=True))
+                best = cost, {layer: num}
+    if best is None:
+        least, picks = min((error, picks) for picks, error in known.items() if any(picks))
+        closest = {i: options[i][p] for i, p in zip(options, picks, strict=True) if p}
         raise ValueError(
             f"attn.budget={budget}: no choice of landmarks keeps it on the {len(pictures)} "
-            f"calibration pictures; the closest that was tried has {least:.2g}. Raise the budget, "
-            "or use attn=exact."
+            f"calibration pictures; the smallest error that was measured is {least:.3g} "
+            f"(landmarks by block: {closest}). Raise the budget to that, or use attn=exact."
         )
     cost, chosen = best
     rest = len(blocks) - len(options)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fna_lab import ops
 from fna_lab.attn.base import AttentionVariant, Context, Removal
 from fna_lab.attn.layers import parse_layers
 from fna_lab.attn.stopwatch import Stopwatch
@@ -17,7 +18,7 @@ from fna_lab.backbone.adjust import Adjuster
 from fna_lab.backbone.blocks import find_blocks, find_patch_embedding, says_cls, says_prefix
 from fna_lab.backbone.named import resolve
 from fna_lab.backbone.neurons import NeuronTap
-from fna_lab.backbone.plan import plan_searches
+from fna_lab.backbone.plan import check_fit, plan_searches
 from fna_lab.backbone.seam import (
     AttentionSeam,
     Changed,
@@ -88,13 +89,7 @@ def patch(
     attn_layers = parse_layers(default if layers is None else layers, depth, setting="attn.layers")
     attention.check_layers(attn_layers)
     masked: tuple[int, ...] = ()
-    if strategy.pattern is not None:
-        attention.check(strategy.pattern)
-    if strategy.reweighs and not attention.reweighs:
-        raise NotImplementedError(
-            f"attn={attention.name} cannot honour mask={strategy.name}, which changes attention "
-            "weights; use attn=exact."
-        )
+    check_fit(attention, strategy)
     if strategy.acts:
         wanted = strategy.layers if mask_layers is None else mask_layers
         masked = parse_layers(default if wanted is None else wanted, depth, setting="mask.layers")
@@ -159,7 +154,7 @@ class Patch:
     @property
     def _touched(self) -> set[int]:
         read = {layer for search in self.searches for layer in search.reruns}
-        return {*self.attn_layers, *self.mask_layers, *read}
+        return {*self.attn_layers, *self.mask_layers, *self._adjuster.span, *read}
 
     @property
     def detect(self) -> int | None:
@@ -192,22 +187,22 @@ class Patch:
     @property
     def found(self) -> list[int]:
         """How many tokens of T were detected in each picture so far."""
-        return [int(count) for counts, *_ in self._finder.counts for count in counts]
+        return self._finder.counted(0)
 
     @property
     def rounds(self) -> list[int]:
         """In how many rounds, in each picture so far."""
-        return [int(number) for _, rounds, _ in self._finder.counts for number in rounds]
+        return self._finder.counted(1)
 
     @property
     def arisen(self) -> list[int]:
         """How many tokens of T were found only once others were taken out, in each picture."""
-        return [int(count) for _, _, counts in self._finder.counts for count in counts]
+        return self._finder.counted(2)
 
     @property
     def pictures(self) -> int:
         """Pictures seen by the mask's detector so far."""
-        return sum(len(counts) for counts, *_ in self._finder.counts)
+        return len(self.found)
 
     def forget(self) -> None:
         """Forget the pictures and detections so far."""
@@ -241,15 +236,16 @@ class Patch:
     @contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:
         """Show every block's attention to an observer, whether it is replaced or not."""
-        others = tuple(i for i in range(len(self.blocks)) if i not in self._touched)
-        none = resolve("none", Mask, "fna_lab.mask", {})
-        rest = Patch(self.model, self._path, self.blocks, self._exact, none, others, (), ())
-        self.observer = rest.observer = observer
+        own = len(self._hooks)
+        for layer in {*range(len(self.blocks))} - self._touched:
+            self._take(layer)
+        self.observer = observer
         try:
             yield
         finally:
             self.observer = None
-            rest.remove()
+            while len(self._hooks) > own:
+                self._hooks.pop().remove()
 
     def __enter__(self) -> Patch:
         return self
@@ -265,16 +261,19 @@ class Patch:
         embedding = find_patch_embedding(self.model, self._path)
         if embedding is not None:
             self._hooks.append(embedding.register_forward_hook(self._begin))
+        prefix = partial(self._prefix, layer=self.attn_layers[0])
         self._hooks += self.attn.hooks(
-            self.blocks, self.attn_layers, enabled=lambda: self.enabled, prefix=self._prefix
+            self.blocks, self.attn_layers, enabled=lambda: self.enabled, prefix=prefix
         )
-        self._hooks += self._adjuster.hooks()
+        self._hooks += self._adjuster.hooks(lambda: self._pass if self.enabled else None)
         for layer in sorted(self._touched):
-            block = self.blocks[layer]
-            enter = EnterSeam(self._seam(layer), partial(self._before, layer), self)
-            self._hooks.append(block.register_forward_pre_hook(enter, with_kwargs=True))
-            leave = LeaveSeam(enter)
-            self._hooks.append(block.register_forward_hook(leave, always_call=True))
+            self._take(layer)
+
+    def _take(self, layer: int) -> None:
+        block = self.blocks[layer]
+        enter = EnterSeam(self._seam(layer), partial(self._before, layer), self)
+        self._hooks.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+        self._hooks.append(block.register_forward_hook(LeaveSeam(enter), always_call=True))
 
     def _seam(self, layer: int, again: Again | None = None) -> AttentionSeam:
         attend = partial(self._attend, layer, again=again)
@@ -291,7 +290,7 @@ class Patch:
             self._pass = Pass(grid=self._pass.grid)
         self._pass.last = layer
         x = given = hidden(args, kwargs, f"{self._path}.{layer}", turn=self._turn)
-        self._pass.kept = kept_of(args, kwargs)
+        self._pass.kept = ops.kept_before(kept_of(args, kwargs), x, self._extra(layer))
         for search in self.searches:
             if search.probes and layer in search.reruns:
                 self._pass.calls[layer] = args, kwargs
@@ -302,9 +301,8 @@ class Patch:
                 if search.name == "mask" and before:
                     x = self._finder.masked(search, self._pass, before)
         if self.mask.rewrites and layer == self.mask_layers[0]:
-            where = {"num_prefix_tokens": self._prefix(x), "grid": self._pass.grid}
-            tokens, kept = self._known("mask", layer).tokens, self._pass.kept
-            x = self.mask.rewrite(x, tokens, kept=kept, **where)
+            tokens, prefix = self._known("mask").tokens, self._prefix(x, layer)
+            x = self._adjuster.rewrite(x, tokens, self._pass, prefix, self._extra(layer))
         self._input = x
         return None if x is given else with_hidden(args, kwargs, x, turn=self._turn)
 
@@ -338,23 +336,24 @@ class Patch:
         if layer in self.attn_layers:
             variant = self.attn
             self._pass.nth += 1
-        prefix = self._prefix(x)
+        prefix = self._prefix(x, layer)
         context = Context(
             layer=layer,
             nth=nth,
             scale=scale,
             x=x,
             num_prefix_tokens=prefix,
+            num_extra_tokens=self._extra(layer),
             has_cls=self._has_cls(prefix),
             grid=self._pass.grid,
-            attn_mask=attn_mask,
+            attn_mask=self._adjuster.keys(attn_mask, x, layer, self._pass),
             removal=self._removal(layer) if again is None else again.removal,
             shared=self._pass.shared,
             stopwatch=self.stopwatch if again is None else None,
             classes={c: self._class(c) for c in variant.token_classes},
         )
         if again is None and layer in self.mask_layers and self._adjuster.works:
-            found = self._known("mask", layer).tokens if self.mask.looks else None
+            found = self._known("mask").tokens if self.mask.looks else None
             self._adjuster.before(context, q, k, v, found)
         if self.observer is not None and again is None:
             self.observer(q, k, v, context)
@@ -373,25 +372,25 @@ class Patch:
         search = next(s for s in self.searches if s.name == "mask")
         if layer < search.detect:
             return None  # this block runs again, masked, once the tokens are known
-        return search.removal(self._known("mask", layer))
+        return search.removal(self._known("mask"))
 
-    def _known(self, name: str, layer: int | None = None) -> Found:
-        if name not in self._pass.found:
-            raise RuntimeError(
-                f"Block {self._path}.{layer} needs the tokens of {name!r}, but none were looked "
-                "for in this forward pass; another patch may have taken the detection block."
-            )
-        return self._pass.found[name]
+    def _known(self, name: str) -> Found:
+        return self._pass.known(name, self._path)
 
     def _class(self, name: str) -> Tensor:
         tokens = self._known(name).tokens
         # Iterative detection at the sinks' threshold finds the massive tokens first.
         return tokens & ~self._known("massive").tokens if name == "artifact" else tokens
 
-    def _prefix(self, x: Tensor) -> int:
+    def _extra(self, layer: int) -> int:
+        """Tokens that are appended behind the host's own in a block."""
+        mine = self.attn.num_extra_tokens if layer >= self.attn_layers[0] else 0
+        return mine + self._adjuster.extra(layer, self._pass)
+
+    def _prefix(self, x: Tensor, layer: int) -> int:
         """Tokens before the patch tokens, from the grid that the patch embedding made."""
         grid = self._pass.grid
-        size = x.shape[1] - self.attn.num_extra_tokens
+        size = x.shape[1] - self._extra(layer)
         if grid is not None and 0 <= size - grid[0] * grid[1] < 64:
             return size - grid[0] * grid[1]
         return self._said_prefix

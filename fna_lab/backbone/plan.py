@@ -14,6 +14,26 @@ from fna_lab.mask.detector.cls_proxy import ClsProxyDetector
 RESTART = 9 / 24
 
 
+def check_fit(attn: AttentionVariant, mask: Mask) -> None:
+    """Refuse what a variant cannot honour of a mask, before any data is read.
+
+    Raises:
+        NotImplementedError: naming both.
+    """
+    if mask.pattern is not None:
+        attn.check(mask.pattern)
+    if mask.reweighs and not attn.reweighs:
+        raise NotImplementedError(
+            f"attn={attn.name} cannot honour mask={mask.name}, which changes attention weights; "
+            "use attn=exact."
+        )
+    if mask.appends and not attn.extends:
+        raise NotImplementedError(
+            f"attn={attn.name} cannot honour mask={mask.name} with a concatenation, which appends "
+            "tokens behind the others; use attn=exact."
+        )
+
+
 def plan_searches(
     attn: AttentionVariant,
     mask: Mask,

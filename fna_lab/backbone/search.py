@@ -107,6 +107,8 @@ class Pass:
         nth: how many blocks with the attention variant ran.
         grid: (rows, columns) of the patch tokens.
         kept: tokens that are no padding, bool `[b n]`; None = all.
+        appended: which tokens that a mask appended are no padding, bool `[b t]`; None before.
+        ran: blocks that attended to them so far.
         found: by the name of the search.
         shared: by attention variants.
         calls: positional and keyword arguments of the blocks that may run again.
@@ -117,10 +119,25 @@ class Pass:
     nth: int = 0
     grid: tuple[int, int] | None = None
     kept: Tensor | None = None
+    appended: Tensor | None = None
+    ran: int = 0
     found: dict[str, Found] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     restarts: dict[int, tuple[int, dict[str, Tensor]]] = field(default_factory=dict)
+
+    def known(self, name: str, blocks: str) -> Found:
+        """What the search of a name found.
+
+        Raises:
+            RuntimeError: it did not run in this pass; says which block needs it.
+        """
+        if name not in self.found:
+            raise RuntimeError(
+                f"Block {blocks}.{self.last} needs the tokens of {name!r}, but none were looked "
+                "for in this forward pass; another patch may have taken the detection block."
+            )
+        return self.found[name]
 
 
 @dataclass(frozen=True)
@@ -144,7 +161,7 @@ class Finder:
     Args:
         blocks: the host's blocks.
         seam: the seam of a block that runs again.
-        prefix: hidden states -> number of prefix tokens.
+        prefix: hidden states and block -> number of prefix tokens.
         has_cls: number of prefix tokens -> whether token 0 is CLS.
 
     Attributes:
@@ -156,7 +173,7 @@ class Finder:
         self,
         blocks: Sequence[nn.Module],
         seam: Callable[[int, Again], AttentionSeam],
-        prefix: Callable[[Tensor], int],
+        prefix: Callable[[Tensor, int], int],
         has_cls: Callable[[int], bool],
     ) -> None:
         self.blocks = blocks
@@ -165,6 +182,10 @@ class Finder:
         self.has_cls = has_cls
         self.turn = tokens_first(blocks[0])
         self.counts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def counted(self, which: int) -> list[int]:
+        """One of the `counts` of every picture so far."""
+        return [int(count) for counts in self.counts for count in counts[which]]
 
     def look(self, search: Search, state: Pass, x: Tensor, call: Call | None = None) -> None:
         """Rounds of detection until nothing new is found; what is found goes to the pass.
@@ -203,7 +224,7 @@ class Finder:
             )
         state.found[search.name] = found
         if search.name == "mask":
-            self._check(search, found.tokens, state.kept)
+            self._check(search, x, found.tokens, state.kept)
             search.removal(found)  # finds the rows of T once, outside of any timed attention
             new = (found.tokens & ~first).sum(1)
             self.counts.append((found.tokens.sum(1), found.ranks.amax(1), new))
@@ -228,7 +249,7 @@ class Finder:
             except Probed as seen:
                 call = seen.call
         q, k, attn_mask, scale = call or (None, None, None, 1.0)
-        prefix = self.prefix(x)
+        prefix = self.prefix(x, search.detect)
         kept = state.kept
         if kept is not None:
             kept = (kept if len(kept) == 1 else _of(kept, only)).expand(x.shape[:2])
@@ -297,10 +318,10 @@ class Finder:
                 "forward pass; another patch may have taken it."
             )
 
-    def _check(self, search: Search, tokens: Tensor, kept: Tensor | None) -> None:
+    def _check(self, search: Search, x: Tensor, tokens: Tensor, kept: Tensor | None) -> None:
         if torch.compiler.is_compiling():
             return
-        candidates = ops.num_kept(kept, tokens.shape[1]) - self.prefix(tokens)
+        candidates = ops.num_kept(kept, tokens.shape[1]) - self.prefix(x, search.detect)
         counts = tokens.sum(1, keepdim=True)
         full = (counts == candidates).nonzero()[:, 0].tolist()
         if full:

@@ -33,10 +33,13 @@ class PictureData(L.LightningDataModule):
         classnames: names of the classes, None without labels.
         templates: prompt templates with `{}`.
         skipped: names of files that are no pictures.
+        samples: what the samples are called in reports, in the plural.
 
     Raises:
         ValueError: a setting is out of range.
     """
+
+    samples = "pictures"
 
     def __init__(
         self,
@@ -110,6 +113,7 @@ class PictureData(L.LightningDataModule):
         assert self.test_set is not None, "call setup first"
         count = len(self.test_set)  # type: ignore[arg-type]
         facts = {"name": self.name, "count": count, "limit": self.limit, "seed": self.seed}
+        facts |= {"samples": self.samples}
         return facts | {"skipped": len(self.skipped), "skipped_names": self.skipped[:20]}
 
     def _loader(self, data: Dataset[dict[str, Any]]) -> DataLoader[dict[str, Any]]:

@@ -55,6 +55,8 @@ class SentencesData(PictureData):
         ValueError: a setting is out of range, or the file holds no text.
     """
 
+    samples = "sentences"
+
     def __init__(self, *, path: str | None = None, count: int = 200, **common: Any) -> None:
         super().__init__(**common)
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:

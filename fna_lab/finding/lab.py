@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from fna_lab import ops
 from fna_lab.attn.base import AttentionVariant, Context
 from fna_lab.backbone.base import Backbone, Features
-from fna_lab.backbone.patch import Observer, patch
+from fna_lab.backbone.patch import Patch, patch
+from fna_lab.backbone.replay import Replay
 from fna_lab.mask.base import Mask
 from fna_lab.mask.detector.base import Detector, Evidence
 from fna_lab.mask.detector.cls_proxy import ClsProxyDetector
@@ -52,9 +54,9 @@ class Given(Detector):
     def __init__(self, tokens: Tensor) -> None:
         self.tokens = tokens
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: Evidence) -> Tensor:  # noqa: ARG002
         """The given tokens."""
-        return self.tokens & evidence.candidates()
+        return self.tokens
 
     def scores(self, evidence: Evidence) -> Tensor:
         """All alike."""
@@ -146,24 +148,37 @@ class Lab:
         mask = kinds[pattern](stage=stage, detector=Given(tokens), detect=self.deep[0])
         return self.run(mask=mask, layers=self.deep)
 
+    @torch.no_grad()
     def strongest(self, tokens: Tensor, stage: str) -> Tensor:
         """The strongest sink beside given ones that are taken out: a[CLS, t] / a[CLS, CLS] `[b]`.
 
-        Without CLS, the largest incoming attention in uniform shares.
+        Without CLS, the largest incoming attention in uniform shares. Only the blocks from the
+        restart to the detection block run, on what the restart block got from the plain model.
         """
         seen: list[Tensor] = []
+        backbone, detect = self.backbone, self.backbone.anatomy.detect
 
         def observe(q: Tensor, k: Tensor, v: Tensor, context: Context) -> None:  # noqa: ARG001
-            if context.layer == self.backbone.anatomy.detect:
+            if context.layer == detect:
+                # A replay passes no embedding that would tell the patch of registers.
                 shown = Evidence(
-                    context.x, context.num_prefix_tokens, context.has_cls,
-                    q=q, k=k, scale=context.scale, found=tokens, stage=stage, kept=context.kept,
+                    context.x, backbone.num_prefix_tokens, backbone.has_cls,
+                    q=q, k=k, scale=context.scale, bias=context.attn_mask, found=tokens,
+                    stage=stage, kept=context.kept,
                 )  # fmt: skip
                 seen.append(ClsProxyDetector(ratio=1.0).scores(shown).amax(1))
 
         mask = Type1Mask(stage=stage, detector=Given(tokens), detect=self.deep[0])
-        self.run(mask=mask, layers=self.deep, observer=observe)
+        replay = self._replay  # its one pass through the whole model must be a plain one
+        with self._patched("exact", mask, range(self.deep[0], detect + 1)) as handle:
+            handle.observer = observe
+            replay()
         return seen[0]
+
+    @cached_property
+    def _replay(self) -> Replay:
+        anatomy = self.backbone.anatomy
+        return self.backbone.replay(self.images, anatomy.restart, anatomy.detect)
 
     def iterative(self, stage: str, pattern: str = "type1") -> Trace:
         """Sinks taken out one a round, from the restart block on."""
@@ -184,7 +199,6 @@ class Lab:
         mask: str | Mask = "none",
         *,
         layers: Sequence[int] | None = None,
-        observer: Observer | None = None,
         **settings: Any,
     ) -> Trace:
         """One forward pass.
@@ -193,18 +207,35 @@ class Lab:
             attn: the variant.
             mask: the strategy.
             layers: blocks that both act on; None = from the anatomy's mask block on.
-            observer: is shown the attention of those blocks.
             **settings: of the variant, where it is a name.
         """
-        anatomy, depth = self.backbone.anatomy, self.backbone.depth
-        layers = range(anatomy.mask, depth) if layers is None else layers
+        if layers is None:
+            layers = range(self.backbone.anatomy.mask, self.backbone.depth)
         hidden: list[Tensor] = []
 
         def keep(block: Any, args: Any, output: Any) -> None:  # noqa: ARG001
             hidden.append(output[0] if isinstance(output, tuple) else output)
 
         hooks = []
-        handle = patch(
+        handle = self._patched(attn, mask, layers, **settings)
+        try:
+            hooks = [b.register_forward_hook(keep) for b in self.backbone.blocks]
+            features = self.backbone(self.images)
+            return Trace(hidden, features, handle.tokens, handle.ranks, handle.strengths)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            handle.remove()
+
+    def _patched(
+        self,
+        attn: str | AttentionVariant,
+        mask: str | Mask,
+        layers: Sequence[int],
+        **settings: Any,
+    ) -> Patch:
+        anatomy = self.backbone.anatomy
+        return patch(
             self.backbone.host,
             attn,
             mask,
@@ -215,15 +246,6 @@ class Lab:
             restart=anatomy.restart,
             **settings,
         )
-        handle.observer = observer
-        try:
-            hooks = [b.register_forward_hook(keep) for b in self.backbone.blocks]
-            features = self.backbone(self.images)
-            return Trace(hidden, features, handle.tokens, handle.ranks, handle.strengths)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            handle.remove()
 
     def norms(self, x: Tensor) -> Tensor:
         """Norms of the patch tokens, in at least float32: `[b n c]` -> `[b p]`; padding has 0."""

@@ -42,6 +42,7 @@ class Mask:
     Attributes:
         pattern: a name of `ops.PATTERNS`; None where no attention is masked.
         rewrites: whether tokens are changed, see `rewrite`.
+        appends: whether tokens are appended behind the others, see `appended`.
         reweighs: whether weights are changed, see `reweigh`.
         corrects: whether the attention's output is changed, see `correct`.
 
@@ -51,6 +52,7 @@ class Mask:
 
     pattern: str | None = None
     rewrites = False
+    appends = False
     reweighs = False
     corrects = False
 
@@ -130,6 +132,13 @@ class Mask:
         `kept` bool `[b n]` marks tokens that are no padding; None = all.
         """
         return x
+
+    def appended(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens `[b t c]` that are appended at the first masked block, given T bool `[b n]`.
+
+        With bool `[b t]`, False where they are padding, which nobody may attend to.
+        """
+        return x[:, :0], tokens[:, :0]
 
     def reweigh(self, weights: Tensor, tokens: Tensor, *, num_prefix_tokens: int) -> Tensor:  # noqa: ARG002
         """New attention weights `[b h n n]` of a masked block, given T bool `[b n]`."""

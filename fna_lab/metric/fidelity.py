@@ -75,12 +75,13 @@ def relative_errors(
 
     Args:
         exact: hidden states of the layers, each `[b n c]`.
-        patched: the same of the patched model.
+        patched: the same of the patched model; tokens appended behind are left out.
         kept: tokens that are no padding, bool `[b n]`; None = all.
 
     Returns:
         `[b layers]`, float64.
     """
+    patched = [p[:, : e.shape[1]] for e, p in zip(exact, patched, strict=True)]
     if kept is not None:
         exact, patched = ([x * kept[..., None] for x in some] for some in (exact, patched))
     return torch.stack(

@@ -72,7 +72,7 @@ from fna_lab.ops.nystrom import (
     only_keys,
     subset_attention,
 )
-from fna_lab.ops.padding import kept_tokens, medians, num_kept, patches_of
+from fna_lab.ops.padding import kept_before, kept_tokens, medians, num_kept, patches_of
 from fna_lab.ops.patterns import (
     PATTERNS,
     STAGES,
@@ -107,7 +107,9 @@ from fna_lab.ops.solvers import newton_schulz, ridge_solve
 from fna_lab.ops.spread import spread_points
 from fna_lab.ops.strategies import (
     CORRECTIONS,
+    MOVES,
     REPLACEMENTS,
+    moved_tokens,
     projection_correction,
     redistribute,
     replace_tokens,
@@ -119,6 +121,7 @@ __all__ = [
     "Cut",
     "INCOMING_RULES",
     "PATTERNS",
+    "MOVES",
     "REPLACEMENTS",
     "STAGES",
     "WITHOUT_TOKENS",
@@ -164,12 +167,14 @@ __all__ = [
     "inverse_residual",
     "knn_probabilities",
     "leverage_scores",
+    "kept_before",
     "kept_tokens",
     "linear_map",
     "masked_attention",
     "matching_places",
     "mean_of_tokens",
     "medians",
+    "moved_tokens",
     "merge_tokens",
     "nearest_landmarks",
     "newton_schulz",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab.ops.checks import check_bool, check_float
@@ -24,6 +25,33 @@ def kept_tokens(attn_mask: Tensor | None) -> Tensor | None:
     if keys.dtype == torch.bool:
         return keys
     return keys > torch.finfo(keys.dtype).min / 2  # hosts write -inf, or the least number
+
+
+def kept_before(kept: Tensor | None, x: Tensor, extra: int) -> Tensor | None:
+    """Kept tokens of the host, where others are appended behind them.
+
+    Args:
+        kept: the host's tokens that are no padding, bool `[b n - extra]` or, where the host's mask
+            knows of the others, `[b n]`; None = all.
+        x: hidden states `[b n c]`.
+        extra: how many are appended.
+
+    Returns:
+        bool `[b n]`, the appended ones False; None = all are kept and none is appended.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    if not extra:
+        return kept
+    own = x.shape[1] - extra
+    if kept is None:
+        kept = torch.ones((x.shape[0], own), dtype=torch.bool, device=x.device)
+    if kept.shape[1] not in (own, x.shape[1]):
+        raise ValueError(
+            f"Expected kept to have {own} or {x.shape[1]} tokens, got {tuple(kept.shape)}."
+        )
+    return F.pad(kept[:, :own], (0, extra), value=False)
 
 
 def medians(values: Tensor, kept: Tensor | None = None) -> Tensor:

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from fna_lab.ops.checks import check_bool, check_choice, check_float
 from fna_lab.ops.detectors import suppression
+from fna_lab.ops.patterns import token_rows
 
 REPLACEMENTS = ("mean", "permutation", "median")
+MOVES = ("concatenation", "mean_concatenation", "permutation_concatenation")
 CORRECTIONS = ("relu_sum", "sum_relu")
 
 
@@ -82,6 +84,46 @@ def replace_tokens(
         other = patches.gather(1, source[..., None].expand_as(patches))
     replaced = torch.where(chosen[..., None], other, patches)
     return torch.cat([x[:, :prefix], replaced], dim=1)
+
+
+def moved_tokens(x: Tensor, tokens: Tensor, how: str, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """What stands behind the others for T, once other tokens are put in its place.
+
+    `concatenation`: the tokens of T themselves. `mean_concatenation`: as often, their mean.
+    `permutation_concatenation`: each with its channels in another order, the same for all, which
+    keeps its norm and loses its direction.
+
+    Args:
+        x: hidden states `[b n c]`.
+        tokens: T, bool `[b n]`.
+        how: one of `MOVES`.
+        seed: of the order, which depends on the number of channels alone.
+
+    Returns:
+        `[b t c]`, padded with zeros to the largest set of the batch, and bool `[b t]`, False where
+        it is padding.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes do not fit, or a name is unknown.
+
+    Source: the concatenations of Fast Nystroem Attention's companion study; what its mean and its
+    permutation are of is our reading.
+    """
+    check_float("x", x, 3, "[b n c]")
+    check_bool("tokens", tokens, tuple(x.shape[:2]))
+    check_choice("how", how, MOVES)
+    rows, valid = token_rows(tokens)
+    moved = x.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))
+    if how == "permutation_concatenation":
+        order = torch.randperm(x.shape[2], generator=torch.Generator().manual_seed(seed))
+        moved = moved[..., order.to(x.device)]
+    elif how == "mean_concatenation":
+        wide = torch.promote_types(x.dtype, torch.float32)
+        total = moved.to(wide).masked_fill(~valid[..., None], 0).sum(1, keepdim=True)
+        mean = total / valid.sum(1)[:, None, None].clamp(min=1)
+        moved = mean.to(x.dtype).expand_as(moved)
+    return moved.masked_fill(~valid[..., None], 0), valid
 
 
 def redistribute(

@@ -11,6 +11,7 @@ import numpy as np
 from fna_lab.report import canvas, token_maps
 from fna_lab.report import topology as landscape
 from fna_lab.report.figure import COLOURS
+from fna_lab.report.record import samples
 
 Record = Mapping[str, Any]
 Arrays = Mapping[str, np.ndarray]
@@ -105,7 +106,7 @@ def incoming(record: Record, arrays: Arrays) -> Any:
                            ha="right", va="bottom", fontsize=8)  # fmt: skip
         right.set_xscale("log")
         canvas.over_blocks(right, "a[CLS, t] / a[CLS, CLS]", log=True, x="share of all attention")
-        right.set_title(f"block {detect}, {len(classes)} pictures", fontsize=9)
+        right.set_title(f"block {detect}, {len(classes)} {samples(record)}", fontsize=9)
     else:
         right.set_axis_off()
         right.text(0.5, 0.5, "no CLS to compare with", ha="center", transform=right.transAxes)
@@ -125,7 +126,7 @@ def sink_rate(record: Record, arrays: Arrays) -> Any:
     for column, kind in enumerate(kinds):
         last = column == len(kinds) - 1
         for axes, values, said, limit in (
-            (panels[0, column], rates, f"pictures with a share > {epsilon:g}", 1.0),
+            (panels[0, column], rates, f"{samples(record)} with a share > {epsilon:g}", 1.0),
             (panels[1, column], shares, "mean largest share", top),
         ):
             canvas.heat(figure, axes, values[..., kind], said, limits=(0, limit), bar=last)
@@ -146,7 +147,8 @@ def suppression(record: Record, arrays: Arrays) -> Any:
     values, tokens = arrays["map_matrix"], arrays["map_matrix_tokens"]
     top = float(np.quantile(np.abs(values), 0.995)) or 1.0
     canvas.heat(figure, matrix, values, "push, heads summed", diverging=True, limits=(-top, top))
-    matrix.set_title(f"first picture, {len(tokens)} tokens ordered by class", fontsize=9)
+    said = f"first {samples(record)[:-1]}, {len(tokens)} tokens ordered by class"
+    matrix.set_title(said, fontsize=9)
     matrix.set_xlabel("pushing token (key)", labelpad=10)
     matrix.set_ylabel("pushed token (query)", labelpad=10)
     classes = arrays["map_classes"][0][tokens]
@@ -214,7 +216,8 @@ def decay(record: Record, arrays: Arrays) -> Any:
     """Sinks and norms round by round, under masking and two ways of sinking."""
     metrics, detect = record["metrics"], int(arrays["detect"])
     number = arrays["map_pixels"].shape[0]
-    title = f"Sinks taken out one a round, seen at block {detect} (first {number} pictures)"
+    title = f"Sinks taken out one a round, seen at block {detect} "
+    title += f"(first {number} {samples(record)})"
     figure, panels = canvas.sheet(record, title, 1, 3, size=(3.6, 3.3))
     branches = {"mask": "masked", "type1": "sunk, Type I", "type2": "sunk, Type II"}
     for axes, fact, said in zip(

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 
 from fna_lab.report import canvas
 from fna_lab.report.figure import COLOURS, MARKERS
+from fna_lab.report.record import samples
 from fna_lab.report.verdicts import WORDS
 
 WAYS = ("ignore", "guarantee", "exclude")
@@ -37,12 +38,16 @@ def draw(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], folder: Pa
             _grid(figure, panels[0], columns, plot["unit"])
         else:
             figure, panels = canvas.sheet(record, title, size=(6.4, 3.8))
-            {"points": _points, "series": _series}[plot["kind"]](panels[0, 0], columns, plot)
+            {"points": _points, "series": _series}[plot["kind"]](
+                panels[0, 0], columns, plot, samples(record)
+            )  # fmt: skip
         paths.append(canvas.save(figure, folder / f"{name}.png"))
     return paths
 
 
-def _points(axes: Axes, columns: Mapping[str, np.ndarray], plot: Mapping[str, Any]) -> None:
+def _points(
+    axes: Axes, columns: Mapping[str, np.ndarray], plot: Mapping[str, Any], unit: str
+) -> None:
     """A dot a picture, and the mean with its interval (1.96 standard errors)."""
     scatter = np.random.default_rng(0)
     for i, values in enumerate(columns.values()):
@@ -67,17 +72,19 @@ def _points(axes: Axes, columns: Mapping[str, np.ndarray], plot: Mapping[str, An
     axes.set_xticks(range(len(columns)), [plot["columns"][name] for name in columns])
     axes.set_xlim(-0.6, len(columns) - 0.4)
     _finish(axes, plot)
-    axes.set_xlabel("dots: pictures; black: mean and 95 % interval", fontsize=8)
+    axes.set_xlabel(f"dots: {unit}; black: mean and 95 % interval", fontsize=8)
 
 
-def _series(axes: Axes, columns: Mapping[str, np.ndarray], plot: Mapping[str, Any]) -> None:
+def _series(
+    axes: Axes, columns: Mapping[str, np.ndarray], plot: Mapping[str, Any], unit: str
+) -> None:
     """Means over the pictures that still find a token in that round, and how many those are."""
     for i, (name, values) in enumerate(columns.items()):
         values = values[np.isfinite(values[:, 0])]
         counts = np.isfinite(values).sum(0)
         rounds = np.flatnonzero(counts)
         means = np.nanmean(values[:, rounds], axis=0)
-        label = f"{plot['columns'][name]} ({len(values)} pictures)"
+        label = f"{plot['columns'][name]} ({len(values)} {unit})"
         axes.plot(rounds, means, color=COLOURS[i], marker=MARKERS[i], markersize=5, label=label)
         for one in values[:40]:
             axes.plot(np.arange(len(one)), one, color=COLOURS[i], alpha=0.12, linewidth=0.8)

@@ -96,6 +96,11 @@ def nature(record: Mapping[str, Any]) -> str:
     return " (random weights)" if random else ""
 
 
+def samples(record: Mapping[str, Any]) -> str:
+    """What the data calls its samples, in the plural: `pictures`, `sentences`."""
+    return record["data"].get("samples", "pictures")
+
+
 def finished(folder: Path) -> list[Path]:
     """Folders of the finished runs at or below a folder, in natural order."""
     found = [path.parent for path in folder.rglob(METRICS)]

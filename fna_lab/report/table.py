@@ -12,7 +12,7 @@ from rich.text import Text
 
 from fna_lab.report.errors import budget_table, error_table, fallback_text
 from fna_lab.report.matrix import matrices
-from fna_lab.report.record import nature
+from fna_lab.report.record import nature, samples
 from fna_lab.report.verdicts import verdicts
 
 COST_ROWS = (
@@ -57,7 +57,7 @@ def show(record: Mapping[str, Any], console: Console) -> None:
     if record.get("fallbacks"):
         parts.append(fallback_text(record["fallbacks"], record["config"]["attn"]["guard"]))
     if record["cost"]:
-        parts.append(_cost(record["cost"]))
+        parts.append(_cost(record["cost"], samples(record)))
     console.print(Group(*parts))
 
 
@@ -91,7 +91,7 @@ def _heading(record: Mapping[str, Any]) -> Text:
     backbone, data, config = record["backbone"], record["data"], record["config"]
     text = Text()
     text.append(f"{record['task']}", style="bold")
-    text.append(f" of {data['count']} {_samples(backbone)} of {data['name']}")
+    text.append(f" of {data['count']} {samples(record)} of {data['name']}")
     text.append(" (synthetic)\n" if data.get("synthetic") else "\n")
     text.append(f"backbone  {backbone['name']}{nature(record)}: {_size(backbone)}, ")
     text.append(f"{backbone['num_tokens']} tokens, {backbone['depth']} blocks\n")
@@ -107,7 +107,7 @@ def _heading(record: Mapping[str, Any]) -> Text:
         found = mask["found"]
         text.append(f" ({mask['stage']}) in blocks {_range(mask['layers'])}; {mask['detector']} ")
         text.append(f"({mask['threshold']}) at block {mask['detect']} finds ")
-        one = _samples(backbone)[:-1]
+        one = samples(record)[:-1]
         text.append(f"{found['mean']:.2f} tokens a {one}, in {found['share']:.0%} of them")
         if mask.get("schedule") == "iterative":
             text.append(f", in {found['rounds']:.1f} rounds")
@@ -153,8 +153,8 @@ def _layers(measure: str, layered: Mapping[str, Mapping[str, float]]) -> Group:
     return Group(*parts)
 
 
-def _cost(cost: Mapping[str, Any]) -> Table:
-    title = f"cost, {cost['batch']} pictures a batch, median of {cost['rounds']:.0f} rounds"
+def _cost(cost: Mapping[str, Any], unit: str) -> Table:
+    title = f"cost, {cost['batch']} {unit} a batch, median of {cost['rounds']:.0f} rounds"
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     for name in ("", "exact", "this run", "ratio"):
         table.add_column(name, justify="right" if name else "left")
@@ -163,7 +163,7 @@ def _cost(cost: Mapping[str, Any]) -> Table:
         ratio = f"{exact / found:.2f}x" if found > 0 and exact > 0 else ""
         table.add_row(f"{label} ({unit})", f"{exact:.1f}", f"{found:.1f}", ratio)
     exact, found = cost["exact_attention_gflops"], cost["attention_gflops"]
-    label = "attention of the blocks (GFLOP a picture)"
+    label = f"attention of the blocks (GFLOP a {unit[:-1]})"
     table.add_row(label, f"{exact:.3f}", f"{found:.3f}", f"{exact / found:.2f}x")
     even = cost["break_even_tokens"]
     text = "never" if even is None else f"{even:.0f}"
@@ -235,10 +235,6 @@ def _range(layers: Sequence[int]) -> str:
     if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]}-{layers[-1]}"
     return ", ".join(map(str, layers))
-
-
-def _samples(backbone: Mapping[str, Any]) -> str:
-    return "sentences" if backbone.get("modality") == "text" else "pictures"
 
 
 def _size(backbone: dict[str, Any]) -> str:

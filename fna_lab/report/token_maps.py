@@ -15,6 +15,7 @@ from matplotlib.patches import Rectangle
 
 from fna_lab.report import canvas
 from fna_lab.report.figure import COLOURS
+from fna_lab.report.record import samples
 
 Record = Mapping[str, Any]
 Arrays = Mapping[str, np.ndarray]
@@ -62,7 +63,7 @@ def components(record: Record, arrays: Arrays) -> Figure:
         norm = on_grid(arrays["map_norm"][detect, i], record)
         plain(figure, fourth, norm / np.nanmedian(norm), "norm (medians)")
     shares = [record["metrics"].get(f"pca_explained_{k}", 0.0) for k in (1, 2, 3)]
-    said = ("picture", f"features ({sum(shares):.0%} of variance)",
+    said = (samples(record)[:-1], f"features ({sum(shares):.0%} of variance)",
             f"input of block {detect}", f"norm, block {detect}")  # fmt: skip
     for axes, text in zip(panels[0], said, strict=True):
         axes.set_title(text, fontsize=9)
@@ -97,7 +98,7 @@ def growth(record: Record, arrays: Arrays) -> Figure:
     maps = {name: on_grid(arrays[f"map_growth_{name}"][0, -1], record) for name in GROWTH}
     top = max(float(np.nanmax(values)) for values in maps.values())
     last = restart + arrays["map_growth_exact"].shape[1] - 1
-    below.suptitle(f"norms behind block {last}, first picture", fontsize=9)
+    below.suptitle(f"norms behind block {last}, first {samples(record)[:-1]}", fontsize=9)
     for axes, (name, label) in zip(below.subplots(1, 4), [("", ""), *GROWTH.items()], strict=True):
         if not name:
             picture(axes, arrays["map_pixels"][0])

@@ -10,6 +10,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from fna_lab.report.record import samples
+
 WORDS = {True: ("holds", "green"), False: ("does not hold", "red"), None: ("open", "yellow")}
 
 
@@ -25,10 +27,10 @@ def verdicts(record: Mapping[str, Any]) -> Group:
         text.append(found["says"], style="not bold")
         table.add_row(str(found["number"]), text, Text(word, style=f"bold {colour}"))
         table.add_row("", "", "")
-    tokens = record["massive_tokens"]
+    tokens, some = record["massive_tokens"], samples(record)
     said = "Massive: what the CLS proxy finds at 0.3, if that is at most half of the patches: "
-    said += f"{tokens['mean']:.2f} tokens a picture"
-    said += f" in {tokens['with_some']} of {tokens['pictures']} pictures"
+    said += f"{tokens['mean']:.2f} tokens a {some[:-1]}"
+    said += f" in {tokens['with_some']} of {tokens['pictures']} {some}"
     if tokens["norm_medians"] is not None:
         said += f"; their norm is {tokens['norm_medians']:.3g} medians"
     return Group(table, Text(f"{said}.", style="italic"))

@@ -68,6 +68,7 @@ class Agreement(Task):
         **common: Any,
     ) -> None:
         super().__init__(cost=cost, **common)
+        self.refuse_extra_tokens()
         self.asked = names is not None
         names = list(detectors) if names is None else list(names)
         unknown = [name for name in names if name not in detectors]

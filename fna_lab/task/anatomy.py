@@ -99,6 +99,7 @@ class Anatomy(Task):
         **common: Any,
     ) -> None:
         super().__init__(cost=cost, **common)
+        self.refuse_extra_tokens()
         if isinstance(measure, str):
             measure = MEASURES if measure == "all" else (measure,)
         self.measure = tuple(measure)

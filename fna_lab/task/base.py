@@ -72,6 +72,24 @@ class Task(L.LightningModule):
             self.meter = AttentionError(backbone.depth, backbone.num_heads, exact.attn)
         self.counter = None if patched.attn.guard is None else Fallbacks(backbone.depth)
 
+    def refuse_extra_tokens(self) -> None:
+        """Refuse variants and masks that append tokens, where a task needs every token's class.
+
+        Raises:
+            ValueError: naming both.
+        """
+        attn, mask = self.patched.attn, self.patched.mask
+        if mask.appends:
+            raise ValueError(
+                f"task={self.name} with mask={mask.name} and a concatenation: the tokens that it "
+                "appends are of no class; expected a mask that appends none."
+            )
+        if attn.num_extra_tokens:
+            raise ValueError(
+                f"task={self.name} with attn={attn.name}: the {attn.num_extra_tokens} tokens that "
+                "it appends are of no class; expected a variant that appends none."
+            )
+
     @property
     def name(self) -> str:
         """The task's name in `conf/task`: that of its file."""

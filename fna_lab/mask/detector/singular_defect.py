@@ -21,6 +21,15 @@ class SingularDefectDetector(Detector):
     fits the MLP; here the whole block runs on sequences of one token, over which attention is the
     projection of the token's own value, so that any host is fitted alike.
 
+    What it can tell, in either form, is the direction that the weights push an average input
+    along. It does not know whom a head attends to, nor what an MLP does only beyond a threshold.
+    On the constructed `backbone=planted` it finds the truth exactly in the input of blocks 3 and
+    4, behind the MLP that makes massive tokens. From block 5 on the weights push hardest along a
+    channel of CLS alone, so that artifacts, which act on that channel too, are found as well; with
+    those heads left out, the channel of artifacts comes first, for the MLPs take small values of
+    the massive channel back and let large ones be, which on average shrinks it. So `detect` should
+    lie where massive tokens are born.
+
     Args:
         stds: threshold, in standard deviations of the picture's |cos| above its mean. Of n
             patch tokens none can lie beyond (n - 1) / sqrt(n), so that 4 need at least 18.
