@@ -42,10 +42,11 @@ class Context:
         layer: 0-based index of the block that is running.
         nth: how many blocks with this variant ran before it in the same forward pass.
         scale: factor of the logits, in the host's own convention.
-        x: the block's input `[b n c]`.
+        x: the block's input `[b n c]`; in joint blocks the picture's tokens, then the text's.
         num_prefix_tokens: CLS and registers before the patch tokens.
         num_extra_tokens: tokens that are appended behind the host's own.
         has_cls: whether token 0 is CLS.
+        num_suffix_tokens: tokens of a text behind the patch tokens, in joint blocks.
         grid: (rows, columns) of the patch tokens, None where unknown.
         attn_mask: the host's own mask or bias, as SDPA takes it.
         removal: what the mask strategy takes away at this layer.
@@ -69,6 +70,7 @@ class Context:
     classes: dict[str, Tensor] = field(default_factory=dict)
     reweigh: Callable[[Tensor], Tensor] | None = None
     num_extra_tokens: int = 0
+    num_suffix_tokens: int = 0
 
     @property
     def kept(self) -> Tensor | None:
@@ -89,6 +91,7 @@ class AttentionVariant(ABC):
         patterns: the mask patterns that the variant honours, in both stages.
         reweighs: whether it honours strategies that change weights.
         extends: whether it honours strategies that append tokens behind the host's own.
+        joins: whether it honours text tokens behind the patch tokens, as joint blocks have them.
         min_tokens: the fewest tokens that it can work on.
         token_classes: classes (`massive`, `artifact`) that must be detected for it.
         num_extra_tokens: tokens that its `hooks` append behind the host's own.
@@ -99,6 +102,7 @@ class AttentionVariant(ABC):
     patterns: Iterable[str] = ()
     reweighs: bool = False
     extends: bool = False
+    joins: bool = False
     min_tokens: int = 1
     token_classes: tuple[str, ...] = ()
     num_extra_tokens: int = 0

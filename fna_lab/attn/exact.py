@@ -15,6 +15,7 @@ class ExactAttention(AttentionVariant):
     patterns = ops.PATTERNS
     reweighs = True
     extends = True
+    joins = True
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Attend: `[b h n d]` x3 -> `[b h n d]`."""

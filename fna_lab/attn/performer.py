@@ -19,6 +19,8 @@ class PerformerAttention(KeyMaskedAttention):
         ValueError: `num_features` is no positive integer.
     """
 
+    joins = True
+
     def __init__(self, *, num_features: int = 256, seed: int = 0) -> None:
         if not isinstance(num_features, int) or num_features < 1:
             raise ValueError(f"attn.num_features={num_features!r}: expected an integer >= 1.")

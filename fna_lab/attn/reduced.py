@@ -65,6 +65,8 @@ class LandmarkAttention(ReducedAttention):
         ValueError: a setting is out of range, or a class is both guaranteed and excluded.
     """
 
+    joins = True
+
     def __init__(
         self,
         *,

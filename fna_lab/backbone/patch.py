@@ -26,7 +26,9 @@ from fna_lab.backbone.seam import (
     LeaveSeam,
     Probed,
     hidden,
+    is_joint,
     kept_of,
+    text_of,
     tokens_first,
     with_hidden,
 )
@@ -89,7 +91,7 @@ def patch(
     attn_layers = parse_layers(default if layers is None else layers, depth, setting="attn.layers")
     attention.check_layers(attn_layers)
     masked: tuple[int, ...] = ()
-    check_fit(attention, strategy)
+    check_fit(attention, strategy, joint=is_joint(found[0]))
     if strategy.acts:
         wanted = strategy.layers if mask_layers is None else mask_layers
         masked = parse_layers(default if wanted is None else wanted, depth, setting="mask.layers")
@@ -164,20 +166,17 @@ class Patch:
     @property
     def tokens(self) -> Tensor | None:
         """T of the last forward pass, bool `[b n]`; None before the first."""
-        found = self._pass.found.get("mask")
-        return None if found is None else found.tokens
+        return getattr(self._pass.found.get("mask"), "tokens", None)
 
     @property
     def ranks(self) -> Tensor | None:
         """The round in which each token of T was found, 0 = none, long `[b n]`."""
-        found = self._pass.found.get("mask")
-        return None if found is None else found.ranks
+        return getattr(self._pass.found.get("mask"), "ranks", None)
 
     @property
     def strengths(self) -> Tensor | None:
         """Of an iterative schedule, how far each token of T stood out when it was found."""
-        found = self._pass.found.get("mask")
-        return None if found is None else found.scores
+        return getattr(self._pass.found.get("mask"), "scores", None)
 
     @property
     def classes(self) -> dict[str, Tensor]:
@@ -289,7 +288,8 @@ class Patch:
         if layer <= self._pass.last:  # a new pass through blocks that skipped the embedding
             self._pass = Pass(grid=self._pass.grid)
         self._pass.last = layer
-        x = given = hidden(args, kwargs, f"{self._path}.{layer}", turn=self._turn)
+        x = hidden(args, kwargs, f"{self._path}.{layer}", turn=self._turn)
+        x = given = self._pass.join(x, text_of(self.blocks[layer], args, kwargs))
         self._pass.kept = ops.kept_before(kept_of(args, kwargs), x, self._extra(layer))
         for search in self.searches:
             if search.probes and layer in search.reruns:
@@ -344,6 +344,7 @@ class Patch:
             x=x,
             num_prefix_tokens=prefix,
             num_extra_tokens=self._extra(layer),
+            num_suffix_tokens=self._pass.suffix,
             has_cls=self._has_cls(prefix),
             grid=self._pass.grid,
             attn_mask=self._adjuster.keys(attn_mask, x, layer, self._pass),
@@ -390,7 +391,7 @@ class Patch:
     def _prefix(self, x: Tensor, layer: int) -> int:
         """Tokens before the patch tokens, from the grid that the patch embedding made."""
         grid = self._pass.grid
-        size = x.shape[1] - self._extra(layer)
+        size = x.shape[1] - self._extra(layer) - self._pass.suffix
         if grid is not None and 0 <= size - grid[0] * grid[1] < 64:
             return size - grid[0] * grid[1]
         return self._said_prefix

@@ -14,11 +14,16 @@ from fna_lab.mask.detector.cls_proxy import ClsProxyDetector
 RESTART = 9 / 24
 
 
-def check_fit(attn: AttentionVariant, mask: Mask) -> None:
-    """Refuse what a variant cannot honour of a mask, before any data is read.
+def check_fit(attn: AttentionVariant, mask: Mask, *, joint: bool) -> None:
+    """Refuse what a variant or a mask cannot honour, before any data is read.
+
+    Args:
+        attn: the variant.
+        mask: the strategy.
+        joint: whether the host's blocks attend over a text behind the picture.
 
     Raises:
-        NotImplementedError: naming both.
+        NotImplementedError: naming what does not fit.
     """
     if mask.pattern is not None:
         attn.check(mask.pattern)
@@ -31,6 +36,18 @@ def check_fit(attn: AttentionVariant, mask: Mask) -> None:
         raise NotImplementedError(
             f"attn={attn.name} cannot honour mask={mask.name} with a concatenation, which appends "
             "tokens behind the others; use attn=exact."
+        )
+    if not joint:
+        return
+    where = "joint blocks, which attend over a text behind the picture"
+    if mask.acts or attn.token_classes:
+        what = f"mask={mask.name}" if mask.acts else f"attn={attn.name} with detected classes"
+        raise NotImplementedError(
+            f"{what} cannot be used on {where}: detectors look for tokens of pictures alone."
+        )
+    if not attn.joins:
+        raise NotImplementedError(
+            f"attn={attn.name} cannot honour {where}; use attn=fna, subset, explicit or performer."
         )
 
 

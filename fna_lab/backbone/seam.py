@@ -5,6 +5,10 @@ own projections, q/k norms and rotary embedding. While a block runs, a `TorchFun
 that call to the plan. Entering and leaving it from hooks of the blocks, and not of the model,
 catches every way into the model (`forward_features`, `encode_image`, ...) and leaves attention
 outside the blocks (pooling heads, text towers) alone.
+
+Joint blocks (Stable Diffusion 3's) attend over the tokens of a picture and, behind them, those of
+a text. That call is the one that is replaced; the second one that some of them make, over the
+picture alone (`attn2` of Stable Diffusion 3.5), stays the host's own.
 """
 
 from __future__ import annotations
@@ -52,6 +56,10 @@ class AttentionSeam(TorchFunctionMode):
         where: the block's name, for messages.
         after: changes what `nn.MultiheadAttention` projects, `[b n c]`; None = nothing does. The
             projection of other hosts is a module, and takes a hook.
+
+    Attributes:
+        calls: how often the block asked for the attention that is replaced.
+        joint: in a joint block, over how many tokens that is; None in others: every call is.
     """
 
     def __init__(
@@ -62,6 +70,7 @@ class AttentionSeam(TorchFunctionMode):
         self.where = where
         self.after = after
         self.calls = 0
+        self.joint: int | None = None
 
     def __torch_function__(
         self,
@@ -81,8 +90,10 @@ class AttentionSeam(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _replace(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.calls += 1
         call = _Call(*args, **kwargs)
+        if self.joint is not None and call.query.shape[-2] != self.joint:
+            return F.scaled_dot_product_attention(*args, **kwargs)
+        self.calls += 1
         call.check(self.where)
         # The variant's own attention calls must reach the kernels, past outer seams too.
         with torch._C.DisableTorchFunction():
@@ -214,6 +225,9 @@ class EnterSeam:
         if not claims or claims[-1] is not self:
             return None
         changed = self.before(args, kwargs)
+        text = text_of(block, args, kwargs)
+        if text is not None:
+            self.seam.joint = hidden(args, kwargs, self.seam.where).shape[1] + text.shape[1]
         self.seam.calls = 0
         self.entered = True
         self.seam.__enter__()
@@ -253,6 +267,19 @@ def tokens_first(block: nn.Module) -> bool:
     """Whether a block takes and gives `[n b c]`, as its `nn.MultiheadAttention` does."""
     heads = [part for part in block.modules() if isinstance(part, nn.MultiheadAttention)]
     return any(not part.batch_first for part in heads)
+
+
+def is_joint(block: nn.Module) -> bool:
+    """Whether a block attends over its own tokens and those of a text behind them."""
+    # diffusers' JointTransformerBlock; those that put the text first have no such attribute.
+    return isinstance(getattr(block, "context_pre_only", None), bool)
+
+
+def text_of(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The text tokens `[b t c]` that a joint block is handed; None in other blocks."""
+    if not is_joint(block):
+        return None
+    return args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
 
 
 def hidden(

@@ -106,6 +106,7 @@ class Pass:
         last: the block that ran last.
         nth: how many blocks with the attention variant ran.
         grid: (rows, columns) of the patch tokens.
+        suffix: text tokens behind them, in joint blocks.
         kept: tokens that are no padding, bool `[b n]`; None = all.
         appended: which tokens that a mask appended are no padding, bool `[b t]`; None before.
         ran: blocks that attended to them so far.
@@ -118,6 +119,7 @@ class Pass:
     last: int = -1
     nth: int = 0
     grid: tuple[int, int] | None = None
+    suffix: int = 0
     kept: Tensor | None = None
     appended: Tensor | None = None
     ran: int = 0
@@ -138,6 +140,11 @@ class Pass:
                 "for in this forward pass; another patch may have taken the detection block."
             )
         return self.found[name]
+
+    def join(self, x: Tensor, text: Tensor | None) -> Tensor:
+        """What a block attends over: `[b n c]`, with the text `[b t c]` of a joint one behind."""
+        self.suffix = 0 if text is None else text.shape[1]
+        return x if text is None else torch.cat([x, text], dim=1)
 
 
 @dataclass(frozen=True)

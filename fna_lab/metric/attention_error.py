@@ -14,7 +14,7 @@ from torchmetrics import Metric
 from fna_lab import ops
 from fna_lab.attn.base import AttentionVariant, Context
 
-CLASSES = ("all", "cls", "register", "patch", "massive", "artifact", "masked")
+CLASSES = ("all", "cls", "register", "patch", "text", "massive", "artifact", "masked")
 CLASS_FACTS = (
     "relative_error",
     "cosine",
@@ -149,7 +149,10 @@ def classes_of(context: Context, num_extra: int = 0) -> dict[str, Tensor]:
     place = torch.arange(n, device=context.x.device).expand(batch, -1)
     cls = int(context.has_cls)
     extra = place >= n - num_extra
-    found = {"all": place >= 0, "patch": (place >= context.num_prefix_tokens) & ~extra}
+    text = place >= n - num_extra - context.num_suffix_tokens
+    found = {"all": place >= 0, "patch": (place >= context.num_prefix_tokens) & ~text}
+    if context.num_suffix_tokens:
+        found["text"] = text & ~extra
     if cls:
         found["cls"] = place == 0
     if num_extra or context.num_prefix_tokens > cls:

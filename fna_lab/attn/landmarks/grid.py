@@ -38,6 +38,9 @@ class GridLandmarks(LandmarkSampler):
         batch, size, _ = points.shape
         patches = torch.arange(grid[0] * grid[1], device=points.device)
         places = torch.stack([patches // grid[1], patches % grid[1]], dim=1).to(torch.float32)
-        # Prefix tokens have no place; they come last, as if they lay on the first patch.
-        places = torch.cat([places[:1].expand(size - len(places), -1), places])
+        # Prefix tokens have no place; they come last, as if they lay on the first patch. So does
+        # a text behind the picture.
+        behind = size - num_prefix_tokens - len(places)
+        before = places[:1].expand(num_prefix_tokens, -1)
+        places = torch.cat([before, places, places[:1].expand(behind, -1)])
         return ops.farthest_points(places.expand(batch, -1, -1), num, first=first, allowed=allowed)
