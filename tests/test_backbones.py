@@ -20,7 +20,8 @@ from fna_lab.backbone.transformers import TransformersBackbone
 ROOT = Path(__file__).parent.parent
 CONF = {p.stem: OmegaConf.load(p) for p in sorted((ROOT / "conf" / "backbone").glob("*.yaml"))}
 GENERIC = {"timm", "open_clip", "transformers"}
-NAMED = [name for name in CONF if name not in GENERIC | {"fna_tiny", "planted", "minilm"}]
+OTHER = {"fna_tiny", "planted", "minilm", "sd3_medium", "sd3_random"}
+NAMED = [name for name in CONF if name not in GENERIC | OTHER]
 WANTED = """
 clip_b32 clip_b16 clip_l14 clip_l14_336 clip_l14_laion2b clip_l14_datacomp dinov2_small dinov2_base
 dinov2_large dinov2_giant dinov2_small_reg dinov2_base_reg dinov2_large_reg dinov2_giant_reg

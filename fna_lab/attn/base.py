@@ -260,6 +260,8 @@ class KeyMaskedAttention(AttentionVariant):
 class NoAttention(AttentionVariant):
     """Attention that is switched off; the bias of the output projection is all that is left."""
 
+    joins = True
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:  # noqa: ARG002
         """Zeros, `[b h n d]`."""
         return torch.zeros_like(v)

@@ -15,8 +15,10 @@ from rich.text import Text
 COLUMNS = (
     ("error\nCLS", "relative_error", "cls"),
     ("error\npatch", "relative_error", "patch"),
+    ("error\ntext", "relative_error", "text"),
     ("cosine\nCLS", "cosine", "cls"),
     ("cosine\npatch", "cosine", "patch"),
+    ("cosine\ntext", "cosine", "text"),
     ("row sum\noff by", "row_sum_gap", "all"),
     ("negative\nshare", "negative_share", "all"),
     ("negative\nmass", "negative_mass", "all"),

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fna_lab.report import anatomy_figures, finding_figures, record
+from fna_lab.report import anatomy_figures, finding_figures, generation_figures, record
 
 FOLDER = "figures"
-TASKS = {"anatomy": anatomy_figures.draw, "findings": finding_figures.draw}
+TASKS = {
+    "anatomy": anatomy_figures.draw,
+    "findings": finding_figures.draw,
+    "generation": generation_figures.draw,
+}
 
 
 def draw(folder: Path) -> list[Path]:

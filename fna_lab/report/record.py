@@ -18,7 +18,9 @@ import pyarrow.parquet as pq
 import torch
 
 PACKAGE = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "transformers", "lightning")
+PACKAGES = (
+    "torch", "torchvision", "timm", "open_clip_torch", "transformers", "diffusers", "lightning",
+)  # fmt: skip
 METRICS = "metrics.json"
 SAMPLES = "samples.parquet"
 ARRAYS = "arrays.npz"
@@ -91,6 +93,8 @@ def nature(record: Mapping[str, Any]) -> str:
     """What a reader must know of the weights, to stand behind the name; empty for trained ones."""
     if record["backbone"].get("constructed"):
         return " (constructed)"
+    if record["backbone"].get("random_weights"):
+        return " (random weights)"
     settings = record["config"].get("backbone", {})
     random = settings.get("pretrained") is False and not settings.get("checkpoint")
     return " (random weights)" if random else ""

@@ -34,9 +34,11 @@ MEASURES = {
     "ov": "ov: cosine of what a token sends (W_o v) with its own direction, by class",
     "suppression": "suppression: push along its own direction that a token receives, by class",
     "growth": "growth: norm behind a block of the token that is largest at detection, and medians",
+    "velocity": "velocity: of a step against exact attention; teacher = from the same latents, "
+    "free = each from its own",
     "decay": "decay: strongest sink (share), sinks left, norms (medians) as sinks are taken out",
 }
-ROUNDS = ("decay",)
+COUNTED = {"decay": "round", "velocity": "step"}  # others by the block
 COLUMNS = 10  # of one table: more would be folded
 
 
@@ -123,13 +125,20 @@ def _metrics(metrics: Mapping[str, float]) -> Group:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric")
     table.add_column("value", justify="right")
+    ends = {f"{name}_{end}" for name in metrics for end in ("low", "high")}
+    if ends & set(metrics):
+        table.add_column("95 % interval", justify="right")
     for name, value in metrics.items():
         fact, _, block = name.rpartition("/")
         if block.isdigit():
             measure, _, fact = fact.rpartition("/")
             measures.setdefault(measure, {}).setdefault(block, {})[fact] = value
-        elif name != "n" and not fact:
-            table.add_row(name.replace("_", " "), _number(value))
+        elif name != "n" and not fact and name not in ends:
+            low, high = (metrics.get(f"{name}_{end}") for end in ("low", "high"))
+            row = [name.replace("_", " "), _number(value)]
+            if low is not None:
+                row.append(f"{_number(low)} to {_number(high)}")
+            table.add_row(*row)
     parts = [table] if table.row_count else []
     tables = (_layers(name, layered) for name, layered in measures.items())
     return Group(*parts, *tables, *matrices(metrics))
@@ -144,7 +153,7 @@ def _layers(measure: str, layered: Mapping[str, Mapping[str, float]]) -> Group:
     for start in range(0, len(every), width):
         facts = every[start : start + width]
         table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-        table.add_column("round" if measure in ROUNDS else "block", justify="right")
+        table.add_column(COUNTED.get(measure, "block"), justify="right")
         for fact in facts:
             table.add_column(fact.replace("_", "\n"), justify="right", overflow="fold")
         for block, row in sorted(layered.items()):
