@@ -97,6 +97,18 @@ def test_one_run_as_a_table() -> None:
     assert "norm_gap (min_gap=0.5) at block 1 finds 1.25 tokens a picture, in 50% of them" in text
 
 
+def test_intervals_stand_beside_their_means() -> None:
+    run = made("fna", 8, 0.5)
+    run["metrics"] |= {"cls_cosine_low": 0.25, "cls_cosine_high": 0.75}
+    run["metrics"] |= {"velocity/free_error/07": 0.125}
+    text = shown(table.show, run)
+    assert "95 % interval" in text and "0.2500 to 0.7500" in text and "cosine low" not in text
+    assert "velocity: of a step" in text and "step" in text
+    swept = shown(table.show_sweep, [run, made("fna", 16, 0.95)])
+    assert "0.5000" in swept and "0.2500" not in swept
+    assert "95 % interval" not in shown(table.show, made("fna", 8, 0.5))
+
+
 def test_a_sweep_shows_what_differs_and_nothing_else() -> None:
     runs = [made("fna", 8, 0.9), made("fna", 16, 0.95), made("exact", 8, 1.0)]
     text = shown(table.show_sweep, runs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -125,7 +125,7 @@ def _metrics(metrics: Mapping[str, float]) -> Group:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric")
     table.add_column("value", justify="right")
-    ends = {f"{name}_{end}" for name in metrics for end in ("low", "high")}
+    ends = _ends(metrics)
     if ends & set(metrics):
         table.add_column("95 % interval", justify="right")
     for name, value in metrics.items():
@@ -231,7 +231,13 @@ def _differing(configs: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> l
 
 def _main_metrics(records: Sequence[Mapping[str, Any]]) -> list[str]:
     names = dict.fromkeys(name for record in records for name in record["metrics"])
-    return [name for name in names if "/" not in name and "balanced" not in name and name != "n"]
+    aside = {"n"} | _ends(names)
+    return [n for n in names if "/" not in n and "balanced" not in n and n not in aside]
+
+
+def _ends(names: Iterable[str]) -> set[str]:
+    """What the ends of the metrics' intervals are called, where they have one."""
+    return {f"{name}_{end}" for name in names for end in ("low", "high")}
 
 
 def _number(value: float | None) -> str:

@@ -15,7 +15,7 @@ from fna_lab.task.base import Task
 
 
 @dataclass(frozen=True)
-class Path:
+class Trajectory:
     """How pictures were made.
 
     Attributes:
@@ -47,6 +47,7 @@ class Generation(Task):
     """
 
     figures = True
+    backbone: SD3Backbone
 
     def __init__(
         self,
@@ -69,7 +70,6 @@ class Generation(Task):
             raise ValueError(f"task.guidance={guidance!r}: expected a number >= 1.")
         if isinstance(pictures, bool) or not isinstance(pictures, int) or pictures < 1:
             raise ValueError(f"task.pictures={pictures!r}: expected an integer >= 1.")
-        self.maker = self.backbone
         self.steps = read_steps(steps, num_steps)
         self.num_steps = num_steps
         self.guidance = float(guidance)
@@ -82,9 +82,9 @@ class Generation(Task):
         """Make each picture twice and compare."""
         noise, names = batch["image"], list(batch["text"])
         first = self._text is None
-        self._text = self.maker.encode(names)
+        self._text = self.backbone.encode(names)
         if first:  # warm-up, for the clock; the replaced steps have theirs in `_teach`
-            self._velocity(noise, self.maker.schedule(self.num_steps).timesteps[0], exact=True)
+            self._velocity(noise, self.backbone.schedule(self.num_steps).timesteps[0], exact=True)
         exact, exact_seconds = timed(lambda: self.make(noise, exact=True), noise.device)
         self._teach(exact)
         meter, self.patched.meter = self.patched.meter, None  # it saw each replaced step once
@@ -103,14 +103,14 @@ class Generation(Task):
             lists = {f"{key}_error_by_step": error[i].tolist() for key, error in errors.items()}
             self.rows.append(row | lists)
 
-    def make(self, noise: Tensor, *, exact: bool) -> Path:
+    def make(self, noise: Tensor, *, exact: bool) -> Trajectory:
         """Denoise `[b c h w]`, exactly or with the steps that are replaced.
 
         Raises:
             ValueError: the latents are not finite in the end.
         """
-        scheduler = self.maker.schedule(self.num_steps)
-        path = Path([noise], [])
+        scheduler = self.backbone.schedule(self.num_steps)
+        path = Trajectory([noise], [])
         for i, time in enumerate(scheduler.timesteps):
             latents = path.latents[-1]
             velocity = self._velocity(latents, time, exact=exact or i not in self.steps)
@@ -127,13 +127,13 @@ class Generation(Task):
     def _velocity(self, latents: Tensor, time: Tensor, *, exact: bool) -> Tensor:
         assert self._text is not None
         if not exact:
-            return self.maker.velocity(latents, time, self._text, self.guidance)
+            return self.backbone.velocity(latents, time, self._text, self.guidance)
         with self.patched.disabled():
-            return self.maker.velocity(latents, time, self._text, self.guidance)
+            return self.backbone.velocity(latents, time, self._text, self.guidance)
 
-    def _teach(self, exact: Path) -> None:
+    def _teach(self, exact: Trajectory) -> None:
         """The replaced steps on the latents of the exact path."""
-        times = self.maker.schedule(self.num_steps).timesteps
+        times = self.backbone.schedule(self.num_steps).timesteps
         found = [self._velocity(exact.latents[i], times[i], exact=False) for i in self.steps]
         self._note("teacher", found, [exact.velocities[i] for i in self.steps])
 
@@ -147,14 +147,15 @@ class Generation(Task):
         """Final latents and decoded pictures, `[b]` each; the first pictures are kept."""
         found = {}
         found["latent_cosine"], found["latent_error"] = closeness(latents, exact)
-        pictures = {"exact": self.maker.decode(exact), "replaced": self.maker.decode(latents)}
+        decode = self.backbone.decode
+        pictures = {"exact": decode(exact), "replaced": decode(latents)}
         found["image_cosine"] = closeness(pictures["replaced"], pictures["exact"])[0]
         colours = {key: (x / 2 + 0.5).clamp(0, 1) for key, x in pictures.items()}
         found["image_psnr"] = psnr(colours["replaced"], colours["exact"])
         room = self.pictures - sum(len(part) for part in self._kept["exact"])
         if room > 0:
             for key, x in pictures.items():
-                self._kept[key].append(self.maker.pixels(x[:room]).cpu())
+                self._kept[key].append(self.backbone.pixels(x[:room]).cpu())
         return found
 
     def results(self) -> dict[str, float]:
@@ -179,9 +180,9 @@ class Generation(Task):
 
     def work(self, images: Tensor) -> None:
         """One step with guidance, for the clock."""
-        time = self.maker.schedule(self.num_steps).timesteps[self.steps[0]]
+        time = self.backbone.schedule(self.num_steps).timesteps[self.steps[0]]
         assert self._text is not None
-        self.maker.velocity(images, time, self._text, self.guidance)
+        self.backbone.velocity(images, time, self._text, self.guidance)
 
 
 def read_steps(steps: Sequence[int] | None, num_steps: int) -> range:
