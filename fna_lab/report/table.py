@@ -13,6 +13,7 @@ from rich.text import Text
 from fna_lab.report.errors import budget_table, error_table, fallback_text
 from fna_lab.report.matrix import matrices
 from fna_lab.report.record import nature
+from fna_lab.report.timings import timings
 from fna_lab.report.verdicts import verdicts
 
 COST_ROWS = (
@@ -48,6 +49,9 @@ def make_console() -> Console:
 
 def show(record: Mapping[str, Any], console: Console) -> None:
     """Print what was run, its metrics, and its cost against exact attention."""
+    if "timing" in record:
+        console.print(timings(record))
+        return
     parts: list[Any] = [_heading(record)]
     parts.append(verdicts(record) if "findings" in record else _metrics(record["metrics"]))
     if record.get("budget"):
