@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import importlib
-import inspect
 from collections.abc import Callable
 from importlib.resources import as_file, files
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +11,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-import fna_lab.attn.landmarks
 from fna_lab import ops
 from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.backbone.named import named_sampler
 from fna_lab.backbone.timm import TimmBackbone
 from fna_lab.bench import packages
 from fna_lab.bench.attention import nearly_square
@@ -101,25 +97,10 @@ def _sampler(name: str, said: str) -> LandmarkSampler | packages.Sampler:
         if not packages.installed(name):
             raise ValueError(f"{said}: not installed; the extra `bench` holds it.")
         return packages.sampler(name)
-    stem, _, more = name.partition(":")
-    folder = Path(fna_lab.attn.landmarks.__file__).parent
-    known = sorted({p.stem for p in folder.glob("*.py")} - {"__init__", "base"})
-    if stem not in known:
-        choice = ", ".join((*known, *packages.SAMPLERS))
-        raise ValueError(f"{said}: there is no such sampler; known: {choice}.")
-    module = importlib.import_module(f"fna_lab.attn.landmarks.{stem}")
-    (cls,) = (
-        cls
-        for _, cls in inspect.getmembers(module, inspect.isclass)
-        if issubclass(cls, LandmarkSampler) and cls.__module__ == module.__name__
-    )
-    if cls.reads == "attention":
+    found = named_sampler(name, said, packages.SAMPLERS)
+    if found.reads == "attention":
         raise ValueError(f"{said}: it samples by attention, and here are points alone.")
-    try:
-        pairs = (one.split("=", 1) for one in more.split(",") if one)
-        return cls(**{key: ast.literal_eval(value) for key, value in pairs})
-    except (TypeError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{said}: {error}") from None
+    return found
 
 
 def _run(

@@ -34,6 +34,7 @@ MEASURES = {
     "qk": "qk: cosine of a head's mean query with keys, by class of the key",
     "ov": "ov: cosine of what a token sends (W_o v) with its own direction, by class",
     "suppression": "suppression: push along its own direction that a token receives, by class",
+    "landmarks": "landmarks: how many of each class; coverage radius (1 = of farthest points)",
     "growth": "growth: norm behind a block of the token that is largest at detection, and medians",
     "decay": "decay: strongest sink (share), sinks left, norms (medians) as sinks are taken out",
 }
