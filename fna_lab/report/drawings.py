@@ -88,7 +88,9 @@ def landmarks(record: Record, arrays: Arrays) -> Figure:
     title = f"{num} landmarks at block {block}"
     if "map_clusters" in arrays:
         title += "; lines: borders of the clusters that the run's own stand for"
-    figure, panels = canvas.sheet(record, title, len(pixels), len(names), size=(2.3, 2.55))
+    title += "\nradius: largest distance of a token to its nearest landmark, in that of exact "
+    title += "farthest points"
+    figure, panels = canvas.sheet(record, title, len(pixels), len(names), size=(2.3, 2.4))
     found: set[str] = set()
     prefix = record["backbone"]["num_prefix_tokens"]
     for i, row in enumerate(panels):
@@ -113,11 +115,6 @@ def landmarks(record: Record, arrays: Arrays) -> Figure:
     )  # fmt: skip
     canvas.whole(bar.ax.yaxis)
     canvas.class_legend(figure, [c for c in canvas.CLASSES if c in found], squares=True)
-    figure.supxlabel(
-        "radius: largest distance of a token to its nearest landmark, in that of exact farthest "
-        "points (1 = as good)",
-        fontsize=8,
-    )
     return figure
 
 
@@ -240,5 +237,5 @@ def _borders(axes: Axes, clusters: np.ndarray, record: Record) -> None:
         for row, column in np.argwhere(clusters[1:] != clusters[:-1]) + (1, 0)
     ]
     shifted = [[(x - 0.5, y - 0.5) for x, y in line] for line in lines]
-    for width, colour in ((1.6, "black"), (0.8, "white")):
+    for width, colour in ((1.3, "black"), (0.6, "white")):
         axes.add_collection(LineCollection(shifted, colors=colour, linewidths=width, zorder=2))

@@ -33,7 +33,7 @@ from fna_lab.metric.mass import (
     mass_facts,
     sink_facts,
 )
-from fna_lab.metric.pairs import drawn_patterns, drawn_tokens, pair_facts
+from fna_lab.metric.pairs import EACH, drawn_patterns, drawn_tokens, pair_facts
 from fna_lab.task.base import Task
 from fna_lab.task.closely import decay, growth
 
@@ -316,7 +316,7 @@ class Anatomy(Task):
         pictures = {name: torch.cat(parts) for name, parts in self.maps.items()}
         if "tokens" in pictures:
             tokens, kept = pictures["tokens"], pictures.pop("tokens_kept")
-            drawn = int(tokens.any(1).int().argmax())  # the first that has such tokens
+            drawn = int(tokens.sum(1).clamp(max=EACH).argmax())  # the first that shows it best
             chosen = drawn_tokens(
                 tokens[drawn], kept[drawn], self.backbone.num_prefix_tokens, self.backbone.has_cls
             )
