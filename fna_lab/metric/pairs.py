@@ -11,6 +11,11 @@ from fna_lab import ops
 EACH = 3
 
 
+def massive_of(members: Tensor) -> Tensor:
+    """The massive tokens of classes bool `[b n k]`: bool `[b n]`."""
+    return members[..., ops.TOKEN_CLASSES.index("massive")]
+
+
 def pair_facts(tokens: Tensor) -> dict[str, Tensor]:
     """How many tokens T has, and what share of all pairs each pattern takes away.
 

@@ -22,7 +22,7 @@ Arrays = Mapping[str, np.ndarray]
 # In the order of `fna_lab.ops.PATTERNS`, which the array has.
 PATTERNS = {
     "type1": "Type I: nobody sees T",
-    "type2": "Type II: ... but each t itself",
+    "type2": "Type II: only t itself sees t",
     "t_to_x": "T sees nobody (sink only)",
     "t_to_t": "T does not see T",
     "others_to_t": "the others do not see T",

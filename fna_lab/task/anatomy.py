@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from fna_lab import ops
 from fna_lab.attn.reduced import LandmarkAttention
 from fna_lab.backbone.named import named_sampler
 from fna_lab.backbone.patch import patch
@@ -33,7 +32,7 @@ from fna_lab.metric.mass import (
     mass_facts,
     sink_facts,
 )
-from fna_lab.metric.pairs import EACH, drawn_patterns, drawn_tokens, pair_facts
+from fna_lab.metric.pairs import EACH, drawn_patterns, drawn_tokens, massive_of, pair_facts
 from fna_lab.task.base import Task
 from fna_lab.task.closely import decay, growth
 
@@ -262,7 +261,7 @@ class Anatomy(Task):
         """T of the run's mask, or the massive tokens, and the pairs that patterns take away."""
         tokens, kept = self.patched.tokens, self.backbone.kept(images)
         if tokens is None or not self.patched.mask.looks:
-            tokens = members[..., ops.TOKEN_CLASSES.index("massive")]
+            tokens = massive_of(members)
         tokens = tokens[: len(images)]
         self._keep_map("tokens", tokens)
         here = torch.ones_like(tokens) if kept is None else kept
