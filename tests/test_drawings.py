@@ -19,7 +19,7 @@ from fna_lab.attn.landmarks.random import RandomLandmarks
 from fna_lab.attn.reduced import LandmarkAttention
 from fna_lab.cli import conf_dir
 from fna_lab.metric.landmarks import class_counts
-from fna_lab.metric.pairs import EACH, drawn_patterns, drawn_tokens
+from fna_lab.metric.pairs import EACH, drawn_patterns, drawn_tokens, pair_facts
 from fna_lab.ops.patterns import EMPTY_ROWS
 from fna_lab.report import drawings
 from fna_lab.report import record as records
@@ -52,6 +52,18 @@ def test_patterns_that_are_drawn_are_those_of_the_whole_picture(number: int, pre
         for i, query in enumerate(chosen):
             for j, key in enumerate(chosen):
                 assert matrix[i, j] == whole[query, key]
+
+
+def test_shares_of_pairs_do_not_count_padding() -> None:
+    tokens = torch.zeros(2, 9, dtype=torch.bool)
+    tokens[:, [2, 5]] = True
+    kept = (torch.arange(9) < 7).expand(2, -1)
+    padded, plain = pair_facts(tokens, kept), pair_facts(tokens[:, :7], kept[:, :7])
+    for name, value in plain.items():
+        torch.testing.assert_close(padded[name], value)
+    whole = ops.removed_pairs(tokens[:, :7], "type2").flatten(1).double().mean(1)
+    torch.testing.assert_close(plain["pairs_type2"], whole)
+    assert plain["tokens_in_T"].tolist() == [2, 2] and plain["pairs_x_to_x"].tolist() == [1, 1]
 
 
 def test_the_drawing_names_every_pattern() -> None:

@@ -16,19 +16,21 @@ def massive_of(members: Tensor) -> Tensor:
     return members[..., ops.TOKEN_CLASSES.index("massive")]
 
 
-def pair_facts(tokens: Tensor) -> dict[str, Tensor]:
+def pair_facts(tokens: Tensor, kept: Tensor) -> dict[str, Tensor]:
     """How many tokens T has, and what share of all pairs each pattern takes away.
 
     Args:
         tokens: T, bool `[b n]`.
+        kept: tokens that are no padding, bool `[b n]`: pairs of others do not count.
 
     Returns:
         Each `[b]`: `tokens_in_T`, and `pairs_<pattern>`.
     """
     facts = {"tokens_in_T": tokens.sum(1).double()}
+    pairs = kept[:, :, None] & kept[:, None]
     for pattern in ops.PATTERNS:
-        removed = ops.removed_pairs(tokens, pattern)
-        facts[f"pairs_{pattern}"] = removed.flatten(1).double().mean(1)
+        removed = (ops.removed_pairs(tokens, pattern) & pairs).flatten(1).sum(1)
+        facts[f"pairs_{pattern}"] = removed.double() / pairs.flatten(1).sum(1)
     return facts
 
 

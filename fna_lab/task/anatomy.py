@@ -266,7 +266,7 @@ class Anatomy(Task):
         self._keep_map("tokens", tokens)
         here = torch.ones_like(tokens) if kept is None else kept
         self._keep_map("tokens_kept", here)
-        return pair_facts(tokens)
+        return pair_facts(tokens, here)
 
     def _keep_map(self, name: str, value: Tensor) -> None:
         self.maps.setdefault(name, []).append(value)
