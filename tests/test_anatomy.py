@@ -241,7 +241,8 @@ def test_every_measure_leaves_numbers_samples_and_a_figure(tmp_path: Path) -> No
     assert all(np.array_equal(back[k], task.arrays[k], equal_nan=True) for k in back)
     drawn = figures.draw(tmp_path)
     wanted = {"norms", "mass", "incoming", "sink_rate", "alignment", "suppression", "growth",
-              "decay", "tokens", "pca", "patterns"}  # fmt: skip
+              "decay", "tokens", "pca", "topology",
+              "patterns"}  # fmt: skip
     assert {path.stem for path in drawn} == wanted
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {f"{n}.png" for n in wanted}
     for path in drawn:
@@ -311,6 +312,6 @@ def test_one_measure_alone_costs_no_other() -> None:
         measure(task, ShapesData(transform=model.transform, count=1, img_size=64))
         groups = {key.split("/")[0] for key in task.found if key.count("/") == 2}
         wanted = {"facts": set(), "norms": {"norms", "activations"}, "pca": set(),
-                  "patterns": set(),
+                  "patterns": set(), "topology": set(),
                   "alignment": {"qk", "ov"}}.get(name, {name})  # fmt: skip
         assert groups == wanted

@@ -15,6 +15,7 @@ from fna_lab.backbone.blocks import find_blocks
 from fna_lab.mask.detector.base import Detector, Evidence
 from fna_lab.mask.detector.cls_proxy import ClsProxyDetector
 from fna_lab.mask.detector.incoming import IncomingDetector
+from fna_lab.mask.detector.ncut import NcutDetector
 from fna_lab.mask.detector.norm_fixed import NormFixedDetector
 from fna_lab.mask.detector.norm_gap import NormGapDetector
 from fna_lab.mask.detector.norm_ratio import NormRatioDetector
@@ -35,6 +36,8 @@ DETECTORS: dict[str, Detector] = {
     "incoming std": IncomingDetector(rule="std", factor=5.0),
     "incoming std log": IncomingDetector(rule="std", factor=3.0, log=True),
     "sink_rate": SinkRateDetector(epsilon=0.1, share=0.5),
+    "ncut": NcutDetector(threshold=5.0, massive=None),
+    "ncut sampled": NcutDetector(threshold=5.0, massive=None, samples=40),
     "projection": ProjectionDetector(),
     "projection given": ProjectionDetector(direction=[1.0] + 15 * [0.0]),
     "register_neurons": RegisterNeuronsDetector(neurons=[[0, 3], [1, 2]]),
@@ -281,6 +284,57 @@ def test_a_given_direction_keeps_its_sign(tmp_path):
         ProjectionDetector(direction=[1.0, 0.0, 0.0])(evidence())
 
 
+def test_ncut_is_an_eigenvector_of_the_normalised_affinity():
+    seen = evidence(dtype=torch.float64)
+    detector = NcutDetector(component=2, threshold=2.0, massive=None)
+    found, scores = detector(seen), detector.scores(seen)
+    for b in range(B):
+        x = seen.x[b, 1:].numpy()
+        low, high = np.quantile(x, [0.022750131948179, 0.977249868051821], axis=0)
+        width = np.linalg.norm(high - low) / 4
+        affinity = np.exp(-((x[:, None] - x[None]) ** 2).sum(-1) / (2 * width**2))
+        root = np.sqrt(affinity.sum(1))
+        u = np.linalg.eigh(affinity / np.outer(root, root))[1][:, -3]
+        u = u * np.sign(u[np.abs(u).argmax()]) * math.sqrt(N - 1)
+        np.testing.assert_allclose(scores[b, 1:], u, rtol=1e-6, atol=1e-6)
+        assert found[b].nonzero()[:, 0].tolist() == (np.nonzero(u > 2.0)[0] + 1).tolist()
+
+
+def test_ncut_on_a_reference_of_the_batch_is_the_published_form(tmp_path):
+    """The cut of all tokens at once, with a threshold on entries of a vector of length 1."""
+    seen = evidence(dtype=torch.float64)
+    pool = seen.x[:, 1:].reshape(1, -1, C).float()
+    u = ops.normalized_cut(pool, 2).vectors[0, :, 1]
+    np.savez(tmp_path / "tokens.npz", tokens=pool[0].numpy())
+    np.save(tmp_path / "tokens.npy", pool[0].numpy())
+    for name in ("tokens.npz", "tokens.npy"):
+        more = {"massive": None, "samples": None, "reference": str(tmp_path / name)}
+        detector = NcutDetector(threshold=3.0, **more)
+        scores = detector.scores(seen)[:, 1:]
+        np.testing.assert_allclose(scores, u.view(B, -1) * len(u) ** 0.5, rtol=1e-4, atol=1e-4)
+        wanted = (u > 3.0 / len(u) ** 0.5).view(B, -1)
+        assert torch.equal(detector(seen)[:, 1:], wanted) and wanted.sum(1).tolist() == [2, 1, 0]
+        for b in range(B):
+            assert torch.equal(detector(narrow(seen, b))[0, 1:], wanted[b])
+    with pytest.raises(ValueError, match="reference has 16 channels.*have 5"):
+        detector(evidence(x=torch.rand(B, N, 5)))
+    np.save(tmp_path / "flat.npy", np.zeros(7))
+    for name, said in (("flat.npy", r"got shape \(7,\)"), ("no.npy", "No such file")):
+        with pytest.raises(ValueError, match=said):
+            NcutDetector(reference=str(tmp_path / name))
+
+
+def test_ncut_leaves_massive_tokens_out_and_can_ask_for_a_group_apart():
+    seen = evidence()
+    found, scores = NcutDetector(threshold=5.0)(seen), NcutDetector().scores(seen)
+    for b, tokens in PLANTED.items():
+        assert (scores[b, tokens] == 0).all() and not found[b, tokens].any()
+    assert NcutDetector()(seen).any(1).all()  # rare content, where nothing was planted
+    assert not NcutDetector(value=0.9)(seen).any()
+    apart = NcutDetector(value=0.9, massive=None, threshold=5.0)
+    assert torch.equal(apart(seen), DETECTORS["ncut"](seen))
+
+
 def test_the_proxy_without_cls_is_the_raw_rule():
     seen = evidence(prefix=0, cls=False)
     for ratio in (0.3, 1.0):
@@ -409,6 +463,12 @@ def test_hooks_of_patches_are_not_run_by_prepare():
             lambda: SingularDefectDetector(samples=9).prepare([torch.nn.Linear(9, 9)], 1),
             "samples=9: expected more than the 9 channels",
         ),
+        (lambda: NcutDetector(component=0), "mask.detector.component=0"),
+        (lambda: NcutDetector(threshold=-1), "mask.detector.threshold=-1"),
+        (lambda: NcutDetector(massive=0), "mask.detector.massive=0"),
+        (lambda: NcutDetector(value=1.5), "mask.detector.value=1.5: expected a number from 0 to"),
+        (lambda: NcutDetector(samples=1), "samples=1: expected an integer above component=1"),
+        (lambda: NcutDetector(component=9)(evidence(x=torch.ones(B, 9, C))), "has 9 tokens"),
         (lambda: ClsProxyDetector(least=-1), "mask.detector.least=-1"),
         (lambda: ClsProxyDetector(finds="odd"), "mask.detector.finds='odd'"),
         (lambda: DETECTORS["incoming raw"](Evidence(torch.zeros(1, 9, 4), 1, True)), "q and k"),

@@ -143,6 +143,27 @@ def test_medoids_of_clear_clusters_are_one_token_each():
         assert (points[0, medoid] - members.mean(0)).norm() == pytest.approx(distance.min().item())
 
 
+def test_ncut_takes_one_token_of_every_group():
+    """Of all sizes, where farthest points may take several of a wide one first."""
+    label = torch.arange(7).repeat_interleave(torch.tensor([1, 2, 3, 5, 8, 13, 9]))
+    label = label[torch.randperm(41, generator=torch.Generator().manual_seed(2))]
+    noise = torch.randn(2, 41, 24, generator=torch.Generator().manual_seed(0))
+    points = 60 * torch.eye(24)[label] + noise
+    picks = choose("ncut", points, 7)
+    assert label[picks].sort(1).values.tolist() == 2 * [list(range(7))]
+    guaranteed = picks[:, 2:3]
+    again = choose("ncut", points, 8, guaranteed=guaranteed)
+    assert torch.equal(again[:, :1], guaranteed)
+    assert all(set(row) == set(range(7)) for row in label[again].tolist())
+
+
+def test_ncut_settings_are_checked():
+    with pytest.raises(ValueError, match="attn.landmarks.samples=0"):
+        SAMPLERS["ncut"](samples=0)
+    with pytest.raises(ValueError, match="attn.landmarks.steps=-1"):
+        SAMPLERS["ncut"](steps=-1)
+
+
 def test_segment_centres_are_evenly_spread():
     allowed = torch.ones(1, 40, dtype=torch.bool)
     assert ops.segment_centres(allowed, 4).tolist() == [[5, 15, 25, 35]]

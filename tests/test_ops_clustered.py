@@ -195,3 +195,26 @@ def test_wrong_shapes_are_named():
         ops.nearest_landmarks(k.mean(1), marks[:1])
     with pytest.raises(ValueError, match="dims to be an integer >= 1, got 0"):
         ops.sketch_points(k.mean(1), 0)
+
+
+@pytest.mark.parametrize("packed", [1, 3, 4])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_packed_tokens_are_rows_without_a_copy(packed, batch):
+    host = torch.randn(batch, 7, packed, 3, 4)
+    for i in range(packed):
+        x = host[:, :, i].transpose(1, 2)
+        table, step = clustered.token_table(x)
+        assert step == packed
+        assert table.untyped_storage().data_ptr() == host.untyped_storage().data_ptr()
+        rows = table[::step].view(batch, 7, 12)
+        assert torch.equal(rows, x.transpose(1, 2).flatten(2))
+
+
+def test_tokens_in_any_other_order_are_copied():
+    heads_first = torch.randn(2, 3, 7, 4)
+    cut = torch.randn(2, 9, 3, 4)[:, 1:8].transpose(1, 2)
+    learnt = torch.randn(2, 7, 3, 4, requires_grad=True).transpose(1, 2)
+    for x in (heads_first, cut, learnt):
+        table, step = clustered.token_table(x)
+        assert step == 1
+        assert torch.equal(table.view(2, 7, 12), x.transpose(1, 2).flatten(2))

@@ -185,3 +185,15 @@ def test_large_logits_in_half_precision(dtype, pattern):
     weights = (8**-0.5 * q.double() @ k.double().mT).softmax(-1)
     wanted = weights.masked_fill(ops.removed_pairs(tokens, pattern)[:, None], 0) @ v.double()
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=0.01 * float(v.abs().max()))
+
+
+@pytest.mark.parametrize("stage", ops.STAGES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_own_rows_do_not_depend_on_what_the_kernel_tells(stage, biased):
+    q, k, v, tokens = random_case()
+    bias = torch.randn(1, 2, 9, 9, dtype=torch.float64) if biased else None
+    more = {"pattern": "type2", "stage": stage, "scale": 0.3, "bias": bias}
+    more["rows"] = ops.token_rows(tokens)
+    told = ops.masked_attention(q, k, v, tokens, **more)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        torch.testing.assert_close(ops.masked_attention(q, k, v, tokens, **more), told)

@@ -124,6 +124,28 @@ def test_wrong_arguments_are_named():
         ops.sketch_points(points, 0)
 
 
+def test_groups_of_channels_keep_distances_as_well():
+    points = torch.randn(1, 60, 96, generator=torch.Generator().manual_seed(3))
+    far = torch.cdist(points, points)[0]
+    pairs = far > 0
+    spreads = []
+    for groups in (1, 2, 4):
+        thin = torch.cdist(*2 * [ops.sketch_points(points, 48, groups=groups)])[0]
+        ratio = (thin[pairs] / far[pairs]) ** 2 * 96 / 48
+        assert ratio.mean() == pytest.approx(1, abs=0.1)
+        spreads.append(ratio.std())
+    # Of a chi-squared number with 48 degrees of freedom, whatever the number of groups.
+    torch.testing.assert_close(
+        torch.stack(spreads), torch.full((3,), (2 / 48) ** 0.5), rtol=0.2, atol=0
+    )
+
+
+@pytest.mark.parametrize(("groups", "normed"), [(5, False), (0, False), (2, True)])
+def test_groups_that_do_not_fit_are_named(groups, normed):
+    with pytest.raises(ValueError, match="groups"):
+        ops.sketch_points(torch.randn(1, 6, 8), 4, groups=groups, normed=normed)
+
+
 def test_nothing_breaks_the_graph_of_a_compiled_call():
     def run(points, first, allowed):
         return ops.spread_points(points, 20, first=first, allowed=allowed)

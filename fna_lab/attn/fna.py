@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from fna_lab import ops
 from fna_lab.attn.base import Context
 from fna_lab.attn.classes import prefix_tokens
 from fna_lab.attn.guard import Guard
-from fna_lab.attn.landmarks.base import LandmarkSampler, source_points
+from fna_lab.attn.landmarks.base import HEAD_SOURCES, LandmarkSampler, source_points
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
 from fna_lab.attn.layers import Counts
 from fna_lab.attn.reduced import LandmarkAttention
@@ -136,7 +137,9 @@ class FastNystromAttention(LandmarkAttention):
         points = source_points(self.source, q, k, context, per_head=self.per_head)
         if self.sketch is None or self.sketch >= points.shape[2]:
             return points
-        return ops.sketch_points(points, self.sketch)
+        # Keys and queries differ in all heads: two projections of half of them are as good.
+        groups = math.gcd(2, points.shape[2], self.sketch) if self.source in HEAD_SOURCES else 1
+        return ops.sketch_points(points, self.sketch, groups=groups)
 
     def _members(
         self, points: Tensor, landmarks: Tensor, keys: Tensor | None, context: Context

@@ -45,6 +45,9 @@ def latency(
         name -> `total` with its quartiles `low` and `high`, and for a patch `attention` (without
         selection), `selection`, `rest`; and `rounds`.
     """
+    # glibc keeps memory for reuse once it has seen a large tensor come and go, as in every model.
+    # Before that each call takes its memory from the system, which costs more than a mask does.
+    torch.empty(31 << 20, dtype=torch.uint8)
     for run, _ in runs.values():  # warm-up: caches, kernel choice
         run()
     noted: dict[str, list[dict[str, float]]] = {name: [] for name in runs}

@@ -64,6 +64,7 @@ from fna_lab.ops.error import (
 from fna_lab.ops.explicit import explicit_attention
 from fna_lab.ops.knapsack import cheapest_choice
 from fna_lab.ops.merging import bipartite_matching, merge_tokens, unmerge_tokens
+from fna_lab.ops.ncut import Cut, align_axes, extend_cut, normalized_cut, rbf_bandwidth
 from fna_lab.ops.nystrom import (
     gather_tokens,
     nystrom_attention,
@@ -115,12 +116,14 @@ from fna_lab.ops.token_classes import TOKEN_CLASSES, token_classes
 
 __all__ = [
     "CORRECTIONS",
+    "Cut",
     "INCOMING_RULES",
     "PATTERNS",
     "REPLACEMENTS",
     "STAGES",
     "WITHOUT_TOKENS",
     "TOKEN_CLASSES",
+    "align_axes",
     "alignment",
     "as_bias",
     "attention",
@@ -150,6 +153,7 @@ __all__ = [
     "defect_direction",
     "drawn_attention",
     "explicit_attention",
+    "extend_cut",
     "farthest_points",
     "farthest_points_flops",
     "gather_tokens",
@@ -173,6 +177,7 @@ __all__ = [
     "norm_fixed",
     "norm_gap",
     "norm_ratio",
+    "normalized_cut",
     "num_kept",
     "nystrom_attention",
     "nystrom_chain",
@@ -191,6 +196,7 @@ __all__ = [
     "put_first",
     "qk_alignment",
     "rank_correlation",
+    "rbf_bandwidth",
     "recall_at_k",
     "redistribute",
     "register_neuron_scores",

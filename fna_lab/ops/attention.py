@@ -49,6 +49,40 @@ def attention(
     return out.masked_fill(~keep.any(-1, keepdim=True), 0)
 
 
+def attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Fused attention, and the log of the sum that each row is divided by, where the kernel says.
+
+    The kernel for CPUs keeps that number for its backward pass. Where another kernel runs, or a
+    gradient is asked for (that of the number is unknown), there is none.
+
+    Args:
+        q: queries `[b h m d]`.
+        k: keys `[b h n d]`.
+        v: values `[b h n d]`.
+        scale: factor of the logits.
+        mask: added to the logits, or bool with True = may attend, broadcastable to `[b h m n]`.
+            A row that may attend to nothing has no meaning.
+
+    Returns:
+        `[b h m d]`, and logsumexp(scale q k' + mask) `[b h m]` or None.
+    """
+    kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    told = (
+        kernel is not None
+        and q.device.type == "cpu"
+        and torch.backends.cuda.flash_sdp_enabled()  # the switch of all devices
+        and not torch.is_autocast_enabled("cpu")
+        and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
+        and not v.requires_grad
+        and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    )
+    if not told or kernel is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), None
+    return kernel(q, k, v, attn_mask=as_bias(mask, q.dtype), scale=scale)
+
+
 def as_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A mask of any kind as what is added to the logits.
 

@@ -15,6 +15,7 @@ from fna_lab.ops.nystrom import (
     gather_tokens,
     nystrom_chain,
     only_keys,
+    token_table,
 )
 
 
@@ -70,37 +71,34 @@ def cluster_means(x: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]
     if members.ndim == 3:  # heads are like pictures of one head
         means, sizes = cluster_means(x.flatten(0, 1)[:, None], members.flatten(0, 1), num)
         return means.view(*x.shape[:2], num, -1), sizes.view(*x.shape[:2], num)
-    batch, heads, tokens, dim = x.shape
-    rows = x.transpose(1, 2).reshape(batch, tokens, heads * dim)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    batch, heads, _, dim = x.shape
     take = _bagged_means if x.device.type == "cpu" else _product_means
-    means, sizes = take(rows.to(wide), members, num)
+    means, sizes = take(x, members, num)
     means = means.to(x.dtype).reshape(batch, num, heads, dim).transpose(1, 2)
     # Contiguous, or the rounding of products with them depends on the batch.
     return means.contiguous(), sizes
 
 
-def _product_means(rows: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """Means `[b m c]` of rows `[b n c]`, and sizes `[b m]`, by a product: alike at every run."""
+def _product_means(x: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Means `[b m h*d]` of `[b h n d]`, and sizes `[b m]`, by a product: alike at every run."""
+    rows = x.transpose(1, 2).flatten(2).to(torch.promote_types(x.dtype, torch.float32))
     weights = (members[:, None] == torch.arange(num, device=rows.device)[:, None]).to(rows.dtype)
     sizes = weights.sum(2)
     return (weights / sizes.clamp(min=1)[..., None]) @ rows, sizes
 
 
-def _bagged_means(rows: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """Means `[b m c]` of rows `[b n c]`, and sizes `[b m]`: sorted, then added up side by side."""
-    batch, tokens, channels = rows.shape
+def _bagged_means(x: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Means `[b m h*d]` of `[b h n d]`, and sizes `[b m]`: sorted, then added up in runs."""
+    batch, _, tokens, _ = x.shape
     members, order = torch.where(members < 0, num, members).sort(dim=1, stable=True)
-    names = torch.arange(num + 1, device=rows.device).expand(batch, -1).contiguous()
+    names = torch.arange(num + 1, device=x.device).expand(batch, -1).contiguous()
     begin = torch.searchsorted(members, names)
-    first = tokens * torch.arange(batch, device=rows.device)[:, None]
+    first = tokens * torch.arange(batch, device=x.device)[:, None]
+    table, step = token_table(x.to(torch.promote_types(x.dtype, torch.float32)))
     means = F.embedding_bag(
-        (order + first).flatten(),
-        rows.reshape(batch * tokens, channels),
-        (begin + first).flatten(),
-        mode="mean",
+        ((order + first) * step).flatten(), table, (begin + first).flatten(), mode="mean"
     )
-    return means.view(batch, num + 1, channels)[:, :num], begin.diff(dim=1).to(rows.dtype)
+    return means.view(batch, num + 1, -1)[:, :num], begin.diff(dim=1).to(table.dtype)
 
 
 def clustered_attention(

@@ -222,6 +222,28 @@ def gather_tokens(x: Tensor, landmarks: Tensor) -> Tensor:
     return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
 
 
+def token_table(x: Tensor) -> tuple[Tensor, int]:
+    """All heads of a token as one row, without a copy where the host packs q, k and v.
+
+    Args:
+        x: `[b h n d]`.
+
+    Returns:
+        A table `[rows h*d]` and a step: token t of picture i is its row (i n + t) step.
+    """
+    batch, heads, tokens, dim = x.shape
+    width = heads * dim
+    rows = x.transpose(1, 2)  # [b n h d], as a projection leaves it
+    apart, stride, *inner = rows.stride()
+    packed = inner == [dim, 1] and stride % width == 0 and (batch == 1 or apart == tokens * stride)
+    if not packed or x.requires_grad or torch.compiler.is_compiling():
+        return rows.reshape(batch * tokens, width), 1
+    step = stride // width
+    # What lies between two of these rows are rows of the others, which nobody asks for.
+    size = ((batch * tokens - 1) * step + 1, width)
+    return x.as_strided(size, (width, 1), x.storage_offset()), step
+
+
 def each_head(found: Tensor) -> Tensor:
     """What all heads share, with a dimension for them: `[b m]` -> `[b 1 m]`, `[b h m]` as is."""
     return found if found.ndim == 3 else found[:, None]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fna_lab.ops.attention import attention_with_lse
 from fna_lab.ops.checks import check_bool, check_choice, check_qkv, default_scale
 
 PATTERNS = (
@@ -124,19 +127,27 @@ def masked_attention(
     scale = default_scale(q) if scale is None else scale
     if pattern not in ("type1", "type2"):
         return _dense(q, k, v, removed_pairs(tokens, pattern), stage, scale, bias)
-    keys = None
+    own = pattern == "type2"
     if stage == "sink":
-        kept = zero_rows(v, tokens, rows)
-        out = F.scaled_dot_product_attention(q, k, kept, attn_mask=bias, scale=scale)
+        keys, kept = None, zero_rows(v, tokens, rows)
+        out, lse = _attend(q, k, kept, bias, scale, own)
     else:
         keys = ~tokens
-        out = _without_keys(q, k, v, keys, scale, bias, rows)
-    if pattern == "type1":
+        out, lse = _without_keys(q, k, v, keys, scale, bias, rows, own)
+    if not own:
         return out
     index, valid = token_rows(tokens) if rows is None else rows
-    return restore_own_rows(
-        out, q, k, v, index, valid, stage=stage, scale=scale, keys=keys, bias=bias
-    )
+    more: dict[str, Any] = {"stage": stage, "scale": scale, "keys": keys, "bias": bias}
+    return restore_own_rows(out, q, k, v, index, valid, lse=lse, **more)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Fused attention, with its `attention_with_lse` where that is of use and at hand."""
+    if lse:
+        return attention_with_lse(q, k, v, scale=scale, mask=mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), None
 
 
 def token_rows(tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,8 +200,9 @@ def _without_keys(
     scale: float,
     bias: Tensor | None,
     rows: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    """Attention to kept keys, bool `[b n]`, alone; zeros where none is kept."""
+    lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention to kept keys, bool `[b n]`, alone; zeros where none is kept. See `_attend`."""
     # Under `torch.compile` the largest number of removed tokens is not known.
     known = rows is not None and not torch.compiler.is_compiling()
     few = known and rows is not None and rows[0].shape[1] < k.shape[2]
@@ -198,13 +210,14 @@ def _without_keys(
         # One picture: the kept keys are so many, and without a mask the kernel is faster.
         kept = (~keys[0]).int().argsort(stable=True)[: k.shape[2] - rows[0].shape[1]]
         k, v = k.index_select(2, kept), v.index_select(2, kept)
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        return _attend(q, k, v, None, scale, lse)
     keep = keys[:, None, None]
     mask = keep if bias is None else bias.masked_fill(~keep, -torch.inf)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    # Rows without a key have no sum: then nobody asks for it.
+    out, total = _attend(q, k, v, mask, scale, lse and few and bias is None)
     if few:
-        return out
-    return out.masked_fill(~keys.any(1)[:, None, None, None], 0)
+        return out, total
+    return out.masked_fill(~keys.any(1)[:, None, None, None], 0), None
 
 
 def restore_own_rows(
@@ -219,11 +232,13 @@ def restore_own_rows(
     scale: float,
     keys: Tensor | None = None,
     bias: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Turn `type1` attention into `type2`: let each token of T see itself again.
 
-    Stage `mask` recomputes the few rows of T exactly over the kept keys and themselves; stage
-    `sink` adds to them their own diagonal weight times their own value. O(|T| n d).
+    Stage `mask` gives the few rows of T their exact output over the kept keys and themselves;
+    stage `sink` adds to them their own diagonal weight times their own value. O(|T| n d), or
+    O(|T| d) where `lse` is known.
 
     Args:
         out: attention under `type1` `[b h n d]`, exact or approximated.
@@ -236,6 +251,8 @@ def restore_own_rows(
         scale: factor of the logits.
         keys: kept keys, bool `[b n]`; None = all.
         bias: added to the logits, broadcastable to `[b h n n]`; None = nothing.
+        lse: logsumexp of the logits `[b h n]` that `out`, which is exact then, was divided by:
+            over the kept keys in stage `mask`, over all in stage `sink`. None = unknown.
 
     Returns:
         `[b h n d]`.
@@ -248,30 +265,38 @@ def restore_own_rows(
     if not torch.compiler.is_compiling() and rows.shape[1] == 0:
         return out
     index = rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[-1])
-    own_q, own_v = q.gather(2, index), v.gather(2, index)
-    wanted = (*own_q.shape[:3], k.shape[2])
+    own_q, own_v, now = q.gather(2, index), v.gather(2, index), out.gather(2, index)
+    across = rows[:, None, :, None].expand(-1, q.shape[1], -1, -1)  # [b h t 1]
     if bias is not None:
         bias = bias.expand(*q.shape[:3], k.shape[2])
-        bias = bias.gather(2, rows[:, None, :, None].expand(wanted))
-    kept = None
-    if keys is not None:
-        kept = keys[:, None, None].expand(-1, 1, rows.shape[1], -1)
-    if stage == "mask":
+        bias = bias.gather(2, across.expand(-1, -1, -1, k.shape[2]))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if lse is not None:
+        own = scale * (own_q.to(wide) * k.gather(2, index).to(wide)).sum(-1, keepdim=True)
+        own = own if bias is None else own + bias.gather(3, across)
+        others = lse[..., None].gather(2, across)
+        if stage == "mask":
+            total = torch.logaddexp(own, others)
+            exact = now * (others - total).exp() + own_v * (own - total).exp()
+        else:
+            exact = now + own_v * (own - others).exp()
+        exact = exact.to(out.dtype)
+    elif stage == "mask":
         mask = bias
-        if kept is not None:
+        if keys is not None:
+            kept = keys[:, None, None].expand(-1, 1, rows.shape[1], -1)
             kept = kept.scatter(3, rows[:, None, :, None], True)  # themselves
             mask = kept if bias is None else bias.masked_fill(~kept, -torch.inf)
         exact = F.scaled_dot_product_attention(own_q, k, v, attn_mask=mask, scale=scale)
     else:
-        wide = torch.promote_types(q.dtype, torch.float32)
         logits = scale * (own_q.to(wide) @ k.to(wide).mT)
         logits = logits if bias is None else logits + bias
-        own = logits.gather(3, rows[:, None, :, None].expand(-1, q.shape[1], -1, 1))
-        if kept is not None:
-            logits = logits.masked_fill(~kept, -torch.inf)
+        own = logits.gather(3, across)
+        if keys is not None:
+            logits = logits.masked_fill(~keys[:, None, None], -torch.inf)
         weight = (own - logits.logsumexp(-1, keepdim=True)).exp().to(v.dtype)
-        exact = out.gather(2, index) + weight * own_v
-    exact = torch.where(valid[:, None, :, None], exact, out.gather(2, index))
+        exact = now + weight * own_v
+    exact = torch.where(valid[:, None, :, None], exact, now)
     if out.requires_grad:  # the fused kernel keeps its output for the backward pass
         return out.scatter(2, index, exact)
     return out.scatter_(2, index, exact)
@@ -297,10 +322,6 @@ def _dense(
     else:
         weights = logits.softmax(-1).masked_fill(removed, 0)
     return weights.to(v.dtype) @ v
-
-
-def _half(tensor: Tensor) -> bool:
-    return tensor.dtype in (torch.float16, torch.bfloat16)
 
 
 def _check_tokens(tokens: Tensor) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from fna_lab.ops.checks import check_float
 
 
-def sketch_points(points: Tensor, dims: int, *, normed: bool = False) -> Tensor:
+def sketch_points(points: Tensor, dims: int, *, normed: bool = False, groups: int = 1) -> Tensor:
     """Random projection, which keeps distances on average up to one factor.
 
     Args:
@@ -16,24 +18,41 @@ def sketch_points(points: Tensor, dims: int, *, normed: bool = False) -> Tensor:
         dims: so many dimensions, of a Gaussian draw with seed 0.
         normed: project layer-normed points, without the affine part. That takes no copy of them:
             the mean falls to a draw without one, and the deviation is divided out behind it.
+        groups: cut the channels into so many runs and project each to its share of the
+            dimensions, in so many times fewer operations. Where the runs differ alike from token
+            to token, as those of keys do, distances scatter no more for it; where a few channels
+            hold most of the differences, as in hidden states with massive activations, they do.
 
     Returns:
         `[b n dims]`, in at least float32.
 
     Raises:
         TypeError: `points` is not a floating tensor.
-        ValueError: `points` is not `[b n c]`, or `dims` is not positive.
+        ValueError: `points` is not `[b n c]`, `dims` is not positive, `groups` does not divide
+            both c and `dims`, or there are groups of normed points.
 
     Source: Johnson and Lindenstrauss 1984.
     """
     check_float("points", points, 3, "[b n c]")
     if isinstance(dims, bool) or not isinstance(dims, int) or dims < 1:
         raise ValueError(f"Expected dims to be an integer >= 1, got {dims!r}.")
-    channels = points.shape[2]
+    batch, tokens, channels = points.shape
+    if groups < 1 or channels % groups or dims % groups:
+        raise ValueError(
+            f"Expected groups to divide {channels} channels and {dims} dims, got {groups!r}."
+        )
+    if normed and groups > 1:
+        raise ValueError(f"Expected groups=1 with normed points, got {groups!r}.")
     draw = _draw(channels, dims)
+    wide = torch.promote_types(points.dtype, torch.float32)
+    if groups > 1:
+        # A corner of the draw for each group, which has that many channels fewer to add up.
+        own = draw[: channels // groups].unflatten(1, (groups, -1)).transpose(0, 1)
+        runs = points.flatten(0, 1).unflatten(1, (groups, -1)).transpose(0, 1)  # [g b*n c/g]
+        found = torch.bmm(runs, (own * groups**0.5).to(points))
+        return found.transpose(0, 1).reshape(batch, tokens, dims).to(wide)
     if normed:
         draw = draw - draw.mean(0)
-    wide = torch.promote_types(points.dtype, torch.float32)
     found = (points @ draw.to(points)).to(wide)
     if not normed:
         return found
@@ -45,5 +64,12 @@ def sketch_points(points: Tensor, dims: int, *, normed: bool = False) -> Tensor:
 
 @torch.compiler.assume_constant_result  # a traced graph may not make a generator of its own
 def _draw(channels: int, dims: int) -> Tensor:
-    draw = torch.randn(channels, dims, generator=torch.Generator().manual_seed(0))
-    return draw * channels**-0.5  # of the size of one channel: half precision holds it
+    return _drawn(channels, dims)
+
+
+@functools.lru_cache(maxsize=16)  # the same few at every layer
+def _drawn(channels: int, dims: int) -> Tensor:
+    with torch.inference_mode(False):  # or no later pass could save it for its backward
+        generator = torch.Generator().manual_seed(0)
+        draw = torch.randn(channels, dims, generator=generator, device="cpu")
+        return draw * channels**-0.5  # of the size of one channel: half precision holds it

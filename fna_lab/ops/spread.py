@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab.ops.checks import check_bool, check_float, check_index
@@ -72,7 +73,7 @@ def spread_points(
     if not missing:
         return first
     lost = (first[:, :, None] == first[:, None]).tril(-1).any(2) if spare else None
-    half = points.square().sum(-1).mul_(0.5)
+    half = torch.linalg.vector_norm(points, dim=-1).square_().mul_(0.5)
     out = None
     if allowed is not None:
         assert lost is not None  # `spare` is positive
@@ -83,7 +84,8 @@ def spread_points(
     length = -(-size // runs)
     padded = half.new_full((len(half), runs * length), BARRED)
     distance = padded[:, :size]
-    distance.copy_(_nearest(points, half, first, out).scatter_(1, first, TAKEN))
+    given_rows = gather_rows(points, first), half.gather(1, first)
+    distance.copy_(_nearest(points, half, *given_rows, out).scatter_(1, first, TAKEN))
     if allowed is not None:
         distance.masked_fill_(~allowed, BARRED)
     # Enough runs hold a free point, whatever was taken before.
@@ -93,11 +95,13 @@ def spread_points(
     picks = []
     for i in range(rounds):
         count = missing // rounds + int(i < missing % rounds)
-        took = _take(points, half, padded.view(len(half), runs, length), farther, count)
-        took = took if plenty else _free(distance, took)
+        took, rows, own = _take(points, half, padded.view(len(half), runs, length), farther, count)
+        if not plenty:
+            took = _free(distance, took)
+            rows, own = gather_rows(points, took), half.gather(1, took)
         picks.append(took)
         if i + 1 < rounds:
-            closer = _nearest(points, half, took).scatter_(1, took, TAKEN)
+            closer = _nearest(points, half, rows, own).scatter_(1, took, TAKEN)
             torch.minimum(distance, closer, out=distance)
     more = torch.cat(picks, dim=1)
     if lost is None:
@@ -131,18 +135,23 @@ def _reduced(points: Tensor, sketch: int | None) -> Tensor:
     return points.to(torch.promote_types(points.dtype, torch.float32))
 
 
-def _take(points: Tensor, half: Tensor, distance: Tensor, farther: Tensor, count: int) -> Tensor:
-    """The next points of `spread_points`: distances `[b runs length]` -> long `[b count]`."""
+def _take(
+    points: Tensor, half: Tensor, distance: Tensor, farther: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The next points of `spread_points` by distances `[b runs length]`: long `[b count]`.
+
+    Also what those are: `[b count c]`, and half their squares `[b count]`.
+    """
     far, index = distance.max(2)
     runs, length = distance.shape[1:]
     index = index + torch.arange(0, runs * length, length, device=index.device)
     far, order = far.sort(dim=1, descending=True, stable=True)
     index = index.gather(1, order).clamp_(max=points.shape[1] - 1)  # a run of padding alone
-    chosen = _gather(points, index)
-    own = half.gather(1, index)
+    chosen, own = gather_rows(points, index), half.gather(1, index)
     apart = torch.baddbmm(own[:, :, None] + own[:, None], chosen, chosen.mT, alpha=-1)
     ahead = apart.clamp_(min=0).masked_fill_(~farther, torch.inf).amin(2)
-    return index.gather(1, torch.minimum(far, ahead).topk(count, dim=1).indices)
+    place = torch.minimum(far, ahead).topk(count, dim=1).indices
+    return index.gather(1, place), gather_rows(chosen, place), own.gather(1, place)
 
 
 def _free(distance: Tensor, took: Tensor) -> Tensor:
@@ -158,16 +167,24 @@ def _free(distance: Tensor, took: Tensor) -> Tensor:
     return torch.where(good, took, fill.gather(1, place))
 
 
-def _nearest(points: Tensor, half: Tensor, picks: Tensor, out: Tensor | None = None) -> Tensor:
-    """Half the squared distance to the nearest of several points: long `[b g]` -> `[b n]`.
+def _nearest(
+    points: Tensor, half: Tensor, rows: Tensor, own: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """Half the squared distance of `[b n c]` to the nearest of `[b g c]`: `[b n]`.
 
-    `half` is |x|^2 / 2, `out` bool `[b g]` leaves picks out.
+    `half` and `own` are |x|^2 / 2 of both, `out` bool `[b g]` leaves some out.
     """
-    own = half.gather(1, picks)
-    own = own if out is None else own.masked_fill_(out, torch.inf)
-    product = torch.baddbmm(own[:, None], points, _gather(points, picks).mT, alpha=-1)
-    return product.amin(2).add_(half).clamp_(min=0)
+    own = own if out is None else own.masked_fill(out, torch.inf)
+    # Tokens lie side by side in the product: the smallest of each is found many at a time.
+    return (
+        torch.baddbmm(own[..., None], rows, points.mT, alpha=-1).amin(1).add_(half).clamp_(min=0)
+    )
 
 
-def _gather(points: Tensor, index: Tensor) -> Tensor:
-    return points.gather(1, index[..., None].expand(-1, -1, points.shape[2]))
+def gather_rows(points: Tensor, index: Tensor) -> Tensor:
+    """Rows of `[b n c]` by long `[b m]`: `[b m c]`."""
+    batch, size, channels = points.shape
+    if batch > 1:
+        index = index + torch.arange(0, batch * size, size, device=index.device)[:, None]
+    # Whole rows at a time, which `gather` does not know.
+    return F.embedding(index, points.reshape(batch * size, channels))

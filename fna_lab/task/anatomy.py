@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +33,7 @@ from fna_lab.metric.mass import (
     sink_facts,
 )
 from fna_lab.metric.pairs import EACH, drawn_patterns, drawn_tokens, massive_of, pair_facts
+from fna_lab.metric.topology import Topology
 from fna_lab.task.base import Task
 from fna_lab.task.closely import decay, growth
 
@@ -50,6 +51,7 @@ MEASURES = (
     "growth",
     "decay",
     "pca",
+    "topology",
     "patterns",
     "landmarks",
 )
@@ -73,9 +75,10 @@ class Anatomy(Task):
     Args:
         measure: what is measured: a list of `MEASURES`, or `all`.
         pictures: the first so many pictures are looked at closely: maps, suppression, growth,
-            decay, components, patterns; the figure of landmarks.
+            decay, components, topology, patterns; the figure of landmarks.
         rounds: of `decay`: most tokens that are taken out, one a round.
         epsilon: of `sink_rate`: share of a head's attention that makes a token a sink.
+        topology: of `topology`: settings of `metric.topology.Topology`.
         samplers: of `landmarks`: samplers that stand beside the run's own, as
             `name:setting=value,...`.
         figures: draw the figures of the run.
@@ -93,6 +96,7 @@ class Anatomy(Task):
         pictures: int = 4,
         rounds: int = 8,
         epsilon: float = 0.3,
+        topology: Mapping[str, Any] | None = None,
         samplers: Sequence[str] = SAMPLERS,
         figures: bool = True,
         cost: bool = False,
@@ -124,6 +128,9 @@ class Anatomy(Task):
         self.pictures = pictures
         self.rounds = rounds
         self.epsilon = epsilon
+        self.topology = Topology(**(topology or {}))
+        anatomy, depth = self.backbone.anatomy, self.backbone.depth
+        self.topology.choose(anatomy.restart, anatomy.detect, depth)
         self.samplers = {name: named_sampler(name, f"task.samplers={name}") for name in samplers}
         self.figures = figures
         self.means = nn.ModuleDict()
@@ -226,6 +233,9 @@ class Anatomy(Task):
                 self.maps |= {"matrix": [part], "matrix_tokens": [tokens]}
         if "pca" in wanted and layer == self.backbone.anatomy.detect:
             self._components("detect", x[:few, context.num_prefix_tokens :], kept)
+        if "topology" in wanted and layer == self.topology.blocks[0]:
+            patches = x[:few, context.num_prefix_tokens :]
+            self.topology.add(patches, None if kept is None else _of_patches(kept, patches))
         return facts
 
     def _closely(self, images: Tensor, members: Tensor, patches: Tensor) -> dict[str, Tensor]:
@@ -326,6 +336,8 @@ class Anatomy(Task):
             }
         for name, value in _stacked(pictures).items():
             self.arrays[f"map_{name}"] = value.cpu().numpy()
+        for name, value in self.topology.results().items():
+            self.arrays[name] = value.cpu().numpy()
         return {name: value for name, value in super().results().items() if value == value}
 
     def _objects(self, batch: dict[str, Any]) -> Tensor | None:

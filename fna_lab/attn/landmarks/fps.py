@@ -57,7 +57,7 @@ class FarthestPointLandmarks(LandmarkSampler):
             allowed=allowed,
             sketch=self.sketch,
             block=self.block,
-            candidates=max(128, self.block),
+            candidates=max(64, 2 * self.block),
         )
 
     def flops(self, tokens: int, channels: int, num: int) -> int:

@@ -57,7 +57,7 @@ class GridFarthestPointLandmarks(LandmarkSampler):
             allowed=allowed,
             sketch=self.sketch,
             repeats=guaranteed.shape[1],  # a guaranteed token may lie on a cell of the grid
-            block=32,  # the grid covers the picture already: few rounds cost no fidelity
+            block=40,  # the grid covers the picture already: few rounds cost no fidelity
         )
 
     def normed(self, x: Tensor) -> Tensor:
