@@ -29,6 +29,7 @@ from fna_lab.report import figures
 from fna_lab.report import record as records
 from fna_lab.task.anatomy import MEASURES, Anatomy
 
+NUM: dict[str, dict[str, int]] = {"subset": {"num_landmarks": 8}}
 THREE = ("timm vit without cls", "timm vit", "timm dinov2 registers")
 # A host of each kind, by the number of its prefix tokens.
 BACKBONES = {
@@ -225,7 +226,8 @@ def test_every_measure_leaves_numbers_samples_and_a_figure(tmp_path: Path) -> No
     task = anatomy(model, rounds=2)
     measured = {name.split("/")[0] for name in task.found}
     for name in ("norms", "activations", "mass", "incoming", "sink_rate", "qk", "ov",
-                 "suppression", "growth", "decay", "pca_explained_1", "top_norm"):  # fmt: skip
+                 "suppression", "growth", "decay", "pca_explained_1", "top_norm",
+                 "pairs_type2"):  # fmt: skip
         assert name in measured
         assert any(key.startswith(name) for key in task.rows[0])
     made = {
@@ -239,7 +241,8 @@ def test_every_measure_leaves_numbers_samples_and_a_figure(tmp_path: Path) -> No
     assert all(np.array_equal(back[k], task.arrays[k], equal_nan=True) for k in back)
     drawn = figures.draw(tmp_path)
     wanted = {"norms", "mass", "incoming", "sink_rate", "alignment", "suppression", "growth",
-              "decay", "tokens", "pca", "topology"}  # fmt: skip
+              "decay", "tokens", "pca", "topology",
+              "patterns"}  # fmt: skip
     assert {path.stem for path in drawn} == wanted
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {f"{n}.png" for n in wanted}
     for path in drawn:
@@ -283,6 +286,12 @@ def test_rounds_take_out_the_strongest_sink_and_its_attention() -> None:
         ({"measure": ["norm"]}, "task.measure: 'norm' is none of facts, norms"),
         ({"pictures": 0}, "task.pictures=0: expected an integer >= 1"),
         ({"rounds": 1.5}, "task.rounds=1.5: expected an integer >= 1"),
+        ({"measure": ["landmarks"]}, "task.measure=.landmarks.: attn=exact takes no landmarks"),
+        (
+            {"samplers": ["nonsense"]},
+            "task.samplers=nonsense: there is no such sampler; known",
+        ),
+        ({"samplers": ["fps:blok=2"]}, "task.samplers=fps:blok=2: .*blok"),
         ({"epsilon": 1}, "task.epsilon=1: expected a number between 0 and 1"),
     ],
 )
@@ -296,11 +305,13 @@ def test_wrong_settings_are_named(settings: dict[str, Any], said: str) -> None:
 def test_one_measure_alone_costs_no_other() -> None:
     model = backbone(1)
     for name in MEASURES:
-        patched = fna_lab.patch(model.host, "exact", layers="all")
+        attn = "subset" if name == "landmarks" else "exact"
+        patched = fna_lab.patch(model.host, attn, layers="all", **NUM.get(attn, {}))
         exact = fna_lab.patch(model.host, "exact", layers="all")
         task = Anatomy(backbone=model, patched=patched, exact=exact, measure=[name], rounds=1)
         measure(task, ShapesData(transform=model.transform, count=1, img_size=64))
         groups = {key.split("/")[0] for key in task.found if key.count("/") == 2}
         wanted = {"facts": set(), "norms": {"norms", "activations"}, "pca": set(),
-                  "topology": set(), "alignment": {"qk", "ov"}}.get(name, {name})  # fmt: skip
+                  "patterns": set(), "topology": set(),
+                  "alignment": {"qk", "ov"}}.get(name, {name})  # fmt: skip
         assert groups == wanted

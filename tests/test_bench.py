@@ -14,7 +14,8 @@ from fna_lab import ops
 from fna_lab.backbone.timm import TimmBackbone
 from fna_lab.bench import attention, packages, selection
 from fna_lab.bench.__main__ import main
-from fna_lab.bench.table import slopes
+from fna_lab.bench.settings import MASKS
+from fna_lab.report.timings import slopes
 
 
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, arguments: str) -> dict:
@@ -56,7 +57,7 @@ def test_masks_stand_beside_what_they_are_put_on(
     rows = run(monkeypatch, tmp_path, arguments + " --masked-tokens 3 --masks")["rows"]
     for name in ("exact", "fna", "performer"):
         found = [row for row in rows if row["variant"] == name]
-        assert [row.get("mask") for row in found] == [None, *attention.MASKS]
+        assert [row.get("mask") for row in found] == [None, *MASKS]
         for row in found[1:]:
             assert row["mask_cost"] == pytest.approx(row["ms"] / found[0]["ms"] - 1)
 

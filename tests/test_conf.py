@@ -103,6 +103,7 @@ def test_every_variant_is_one_file_and_one_yaml(group: str) -> None:
         "__init__",
         "base",
         "classes",
+        "closely",
         "guard",
         "layers",
         "reduced",

@@ -218,11 +218,8 @@ class KeyMaskedAttention(AttentionVariant):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Attend: `[b h n d]` x3 -> `[b h n d]`."""
-        padding, bias = self._split(context.attn_mask, q)
+        keys, bias = self.keys(q, context)
         removal = context.removal
-        keys = padding
-        if context.removed is not None:
-            keys = ~context.removed if keys is None else keys & ~context.removed
         sunk = removal is not None and removal.stage == "sink"
         rows = (removal.rows, removal.valid) if removal else None
         values = ops.zero_rows(v, removal.tokens, rows) if removal and sunk else v
@@ -241,6 +238,13 @@ class KeyMaskedAttention(AttentionVariant):
             keys=keys,
             bias=bias,
         )
+
+    def keys(self, q: Tensor, context: Context) -> tuple[Tensor | None, Tensor | None]:
+        """Keys that may be attended to, bool `[b n]` (None = all), and the bias of the logits."""
+        keys, bias = self._split(context.attn_mask, q)
+        if context.removed is not None:
+            keys = ~context.removed if keys is None else keys & ~context.removed
+        return keys, bias
 
     def _split(self, attn_mask: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The host's mask as (keys that may be attended to `[b n]`, bias of the logits)."""

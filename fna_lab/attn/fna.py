@@ -120,10 +120,15 @@ class FastNystromAttention(LandmarkAttention):
         if self.clusters:
             attention = ops.clustered_attention
             more["members"] = self._members(points, landmarks, keys, context)
+            context.shared["members"] = more["members"]  # for those who look on
             more["more_rows"] = self._more_rows(landmarks, keys, q.shape[2])
         if self.guard is None:
             return attention(q, k, v, landmarks, **more)
         return self.guard.attention(attention, q, k, v, landmarks, layer=context.layer, **more)
+
+    def points(self, q: Tensor, k: Tensor, context: Context) -> Tensor | None:
+        """What is sampled, `[b n c]` or per head `[b*h n c]`; None = the sampler asks for it."""
+        return None if self.landmarks.reads == "attention" else self._points(q, k, context)
 
     def _points(self, q: Tensor, k: Tensor, context: Context) -> Tensor:
         """What is sampled and clustered, in a sketch: `[b n c]`, or per head `[b*h n c]`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -141,8 +142,7 @@ class LandmarkAttention(ReducedAttention):
         Raises:
             ValueError: more landmarks than tokens that may be taken.
         """
-        # Landmarks taken before a mask was known may hold removed tokens: never reuse those.
-        slot = "landmarks" if keys is None else "landmarks among kept keys"
+        slot = _slot(keys)
         num, known = self.landmarks_at(context.layer, context.nth), context.shared.get(slot)
         fits = known is not None and known.shape[-1] == num
         if fits and (self.renew == 0 or context.nth % self.renew):
@@ -153,6 +153,35 @@ class LandmarkAttention(ReducedAttention):
         if context.stopwatch:
             context.stopwatch.note("selection", begin)
         return context.shared[slot]
+
+    def taken(self, q: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+        """What the variant attended through in a block, once it has.
+
+        Args:
+            q: queries of the block `[b h n d]`.
+            context: of the block, with which the variant was called.
+
+        Returns:
+            Landmarks long `[b m]`, or per head `[b h m]`; and the landmark of each token, its
+            place among them, long `[b n]` or `[b h n]`, None without clusters.
+
+        Raises:
+            KeyError: the variant did not attend yet.
+        """
+        keys, _ = self.keys(q, context)
+        return context.shared[_slot(keys)], context.shared.get("members")
+
+    def taken_by(self, sampler: LandmarkSampler, q: Tensor, k: Tensor, context: Context) -> Tensor:
+        """What another sampler would take in the place of the variant's own: as `taken`."""
+        num = self.landmarks_at(context.layer, context.nth)
+        twin = copy.copy(self if num == self.num_landmarks else self.with_landmarks(num))
+        twin.landmarks = sampler
+        keys, _ = self.keys(q, context)
+        return twin._sample(q, k, keys, context, twin.points(q, k, context))
+
+    def points(self, q: Tensor, k: Tensor, context: Context) -> Tensor | None:  # noqa: ARG002
+        """What is sampled, `[b n c]` or per head `[b*h n c]`; None = the sampler asks for it."""
+        return None
 
     def _sample(
         self,
@@ -203,3 +232,11 @@ class LandmarkAttention(ReducedAttention):
             # Where too few are left, some samplers take others: the first stands in for those.
             picks = torch.where(allowed.gather(1, picks), picks, picks[:, :1])
         return picks.unflatten(0, q.shape[:2]) if self.per_head else picks
+
+
+def _slot(keys: Tensor | None) -> str:
+    """Where landmarks among such keys are kept for later layers.
+
+    Landmarks taken before a mask was known may hold removed tokens: those are never reused.
+    """
+    return "landmarks" if keys is None else "landmarks among kept keys"

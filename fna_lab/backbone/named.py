@@ -1,12 +1,16 @@
-"""Attention variants and mask strategies by the names of their files."""
+"""Attention variants, mask strategies and landmark samplers by the names of their files."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
+from pathlib import Path
 from typing import Any, TypeVar
 
+import fna_lab.attn.landmarks
 from fna_lab.attn.base import AttentionVariant
+from fna_lab.attn.landmarks.base import LandmarkSampler
 from fna_lab.mask.base import Mask
 
 Variant = TypeVar("Variant", AttentionVariant, Mask)
@@ -19,6 +23,36 @@ def named_attention(name: str, **settings: Any) -> AttentionVariant:
         ValueError: the name or a setting does not exist.
     """
     return resolve(name, AttentionVariant, "fna_lab.attn", settings)
+
+
+def named_sampler(named: str, said: str, more: tuple[str, ...] = ()) -> LandmarkSampler:
+    """The sampler of `fps` or `fps:block=8,sketch=64`: a file of `fna_lab.attn.landmarks`.
+
+    Args:
+        named: its name and settings.
+        said: the setting that names it, for messages.
+        more: what else that setting may name, for messages.
+
+    Raises:
+        ValueError: the name or a setting does not exist.
+    """
+    stem, _, settings = named.partition(":")
+    folder = Path(fna_lab.attn.landmarks.__file__).parent
+    known = sorted({p.stem for p in folder.glob("*.py")} - {"__init__", "base"})
+    if stem not in known:
+        choice = ", ".join((*known, *more))
+        raise ValueError(f"{said}: there is no such sampler; known: {choice}.")
+    module = importlib.import_module(f"fna_lab.attn.landmarks.{stem}")
+    (cls,) = (
+        cls
+        for _, cls in inspect.getmembers(module, inspect.isclass)
+        if issubclass(cls, LandmarkSampler) and cls.__module__ == module.__name__
+    )
+    try:
+        pairs = (one.split("=", 1) for one in settings.split(",") if one)
+        return cls(**{key: ast.literal_eval(value) for key, value in pairs})
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{said}: {error}") from None
 
 
 def resolve(

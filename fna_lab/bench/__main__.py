@@ -21,12 +21,14 @@ from pathlib import Path
 
 import torch
 
-from fna_lab.bench.attention import MASKS, bench_attention
+from fna_lab.bench.attention import bench_attention
 from fna_lab.bench.model import bench_model
 from fna_lab.bench.selection import bench_selection
-from fna_lab.bench.table import plot, show, slopes
+from fna_lab.bench.settings import DTYPES, MASKS, Settings
 from fna_lab.report.record import surroundings
 from fna_lab.report.table import make_console
+from fna_lab.report.timing_figures import plot
+from fna_lab.report.timings import slopes, timing_table
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     add("--variants", nargs="+", help="names of conf/attn and of public packages; or all")
     add("--tokens", nargs="+", type=int, default=[197, 1370, 4097, 16385])
     add("--batch", nargs="+", type=int, default=[1])
-    add("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
+    add("--dtype", nargs="+", default=["float32"], choices=DTYPES)
     add("--heads", type=int, default=6)
     add("--head-dim", type=int, default=64)
     add("--landmarks", type=int, default=64)
@@ -68,22 +70,27 @@ def main() -> None:
     args = parser().parse_args()
     args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.masks = () if args.masks is None else args.masks or MASKS
+    asked = dict(vars(args))
+    selection, chosen = asked.pop("selection"), asked.pop("out")
     console = make_console()
     bench = bench_model if args.model else bench_attention
     try:
-        rows = (bench_selection if args.selection else bench)(args, console)
+        settings = Settings(**asked)
+        rows = (bench_selection if selection else bench)(
+            settings, lambda text: console.print(text, highlight=False)
+        )
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     if not rows:
         sys.exit("error: nothing was measured; see the lines above.")
-    show(rows, console)
-    out = args.out or Path("outputs/bench") / time.strftime("%Y-%m-%d_%H-%M-%S")
+    console.print(timing_table(rows))
+    out = chosen or Path("outputs/bench") / time.strftime("%Y-%m-%d_%H-%M-%S")
     out.mkdir(parents=True, exist_ok=True)
     arguments = {key: str(value) for key, value in vars(args).items()}
     facts = {"arguments": arguments, **surroundings(args.device), "slopes": slopes(rows)}
     (out / "bench.json").write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
     title = args.model or f"attention, {args.heads} heads of {args.head_dim}"
-    title = "selection" if args.selection else title
+    title = "selection" if selection else title
     plot(rows, out / "bench.png", f"{title}, {args.landmarks} landmarks")
     console.print(f"wrote {out}")
 

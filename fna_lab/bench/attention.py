@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import inspect
 import math
@@ -11,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 import fna_lab.attn
@@ -21,10 +18,11 @@ from fna_lab.attn.base import AttentionVariant, Context, Removal
 from fna_lab.attn.stopwatch import Stopwatch
 from fna_lab.backbone.named import named_attention
 from fna_lab.bench import packages
+from fna_lab.bench.progress import Say, follow
+from fna_lab.bench.settings import Settings
 from fna_lab.metric import cost
 
 VARIANTS = ("exact", "fna", "fna_paper", "subset", "nystromformer", "linformer_pool", "performer")
-MASKS = ("type1-mask", "type1-sink", "type2-mask", "type2-sink")
 
 
 class Call:
@@ -98,32 +96,61 @@ def random_inputs(
     return (q, k, v), draw[:, :, 3].flatten(2)
 
 
-def bench_attention(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    """Rows of one attention call, for every number of tokens, batch, dtype, variant and mask."""
+def bench_attention(
+    settings: Settings, say: Say, own: AttentionVariant | None = None
+) -> list[dict[str, Any]]:
+    """Rows of one attention call, for every number of tokens, batch, dtype, variant and mask.
+
+    Args:
+        settings: what is measured.
+        say: is told what is left out, and why.
+        own: a variant with settings of its own, beside those that are named.
+
+    Raises:
+        ValueError: a name does not exist, or its package is not installed.
+    """
     rows: list[dict[str, Any]] = []
-    names = chosen_variants(args.variants, console)
-    cases = [(n, b, t) for t in args.dtype for b in args.batch for n in sorted(args.tokens)]
-    for tokens, batch, kind in track(cases, "attention", console=console, auto_refresh=False):
+    names = chosen_variants(settings, say)
+    variants: dict[str, AttentionVariant] = {
+        name: named_variant(name, settings.landmarks)
+        for name in names
+        if name not in packages.ATTENTION
+    }
+    if own is not None:
+        names = [*names, f"attn={own.name}"]
+        variants[names[-1]] = own
+    sizes = sorted(settings.tokens)
+    cases = [(n, b, t) for t in settings.dtype for b in settings.batch for n in sizes]
+    for tokens, batch, kind in follow(cases, "attention", settings):
         case = {"tokens": tokens, "batch": batch, "dtype": kind}
         runs = {}
         for name in names:
+            least = variants[name].min_tokens if name in variants else settings.landmarks
             seconds = _expected(rows, case, name)
-            if seconds > args.slowest or (name == "exact" and tokens > args.exact_limit):
-                continue
-            found = _calls(name, case, args)
-            try:
-                with torch.no_grad():
-                    for run, _ in found.values():
-                        run()
-            except Exception as error:  # a variant that needs more of a host than one call shows
-                console.print(f"{name} is left out at {tokens} tokens: {error}", highlight=False)
-                continue
-            runs |= found
-        rows += measure(runs, case, args)
+            why = None
+            if name == "exact" and tokens > settings.exact_limit:
+                why = settings.named("exact_limit", settings.exact_limit)
+            elif seconds > settings.slowest:
+                limit = settings.named("slowest", settings.slowest)
+                why = f"a call would take about {seconds:.0f} s, and {limit}"
+            elif tokens < least:
+                why = f"it needs {least}"
+            else:
+                try:
+                    found = _calls(name, variants.get(name), case, settings)
+                    with torch.no_grad():
+                        for run, _ in found.values():
+                            run()
+                    runs |= found
+                except Exception as error:  # one that needs more of a host than one call shows
+                    why = str(error)
+            if why is not None:
+                say(f"{name} is left out at {tokens} tokens: {why}")
+        rows += measure(runs, case, settings)
     return rows
 
 
-def chosen_variants(names: list[str] | None, console: Console) -> list[str]:
+def chosen_variants(settings: Settings, say: Say) -> list[str]:
     """Names of variants: those asked for, else the default ones and what is installed.
 
     Raises:
@@ -133,18 +160,20 @@ def chosen_variants(names: list[str] | None, console: Console) -> list[str]:
     known = [stem for stem in stems if stem not in ("__init__", "base") and _is_variant(stem)]
     absent = [name for name in packages.ATTENTION if not packages.installed(name)]
     there = [name for name in packages.ATTENTION if name not in absent]
-    if names is None or names == ["all"]:
+    names = settings.variants
+    if names is None or list(names) == ["all"]:
         for name in absent:
-            console.print(f"{name} is not installed (the extra `bench` holds it)", highlight=False)
+            say(f"{name} is not installed (the extra `bench` holds it)")
         return [*(VARIANTS if names is None else ["exact", *(n for n in known if n != "exact")]),
                 *there]  # fmt: skip
     for name in names:
+        said = settings.named("variants", name)
         if name in absent:
-            raise ValueError(f"--variants {name}: not installed; the extra `bench` holds it.")
+            raise ValueError(f"{said}: not installed; the extra `bench` holds it.")
         if name not in (*known, *there):
             choice = ", ".join([*known, *packages.ATTENTION])
-            raise ValueError(f"--variants {name}: there is no such variant; known: {choice}, all.")
-    return names
+            raise ValueError(f"{said}: there is no such variant; known: {choice}, all.")
+    return list(names)
 
 
 def _is_variant(stem: str) -> bool:
@@ -166,35 +195,37 @@ def named_variant(name: str, landmarks: int) -> AttentionVariant:
         return named_attention(name)
 
 
-def _calls(name: str, case: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Runs of one variant: without a mask, then with each; empty where it needs more tokens."""
-    shape = (case["batch"], args.heads, args.head_dim)
-    inputs = (case["tokens"], shape, getattr(torch, case["dtype"]), args.device)
-    if name in packages.ATTENTION:
-        if args.landmarks > case["tokens"]:
-            return {}
+def _calls(
+    name: str, variant: AttentionVariant | None, case: dict[str, Any], settings: Settings
+) -> dict[str, Any]:
+    """Runs of one variant, or of a public package: without a mask, then with each."""
+    shape = (case["batch"], settings.heads, settings.head_dim)
+    inputs = (case["tokens"], shape, getattr(torch, case["dtype"]), settings.device)
+    if variant is None:
         qkv, _ = random_inputs(*inputs)
-        return {name: (packages.nystrom_attention(qkv, args.landmarks), None)}
-    variant = named_variant(name, args.landmarks)
-    if variant.min_tokens > case["tokens"]:
-        return {}
+        return {name: (packages.nystrom_attention(qkv, settings.landmarks), None)}
     calls = {name: Call(variant, *inputs)}
-    for mask in args.masks:
+    for mask in settings.masks:
         pattern, stage = mask.split("-")
         if pattern in variant.patterns:
-            calls[f"{name} {mask}"] = Call(variant, *inputs, (pattern, stage, args.masked_tokens))
+            removal = (pattern, stage, settings.masked_tokens)
+            calls[f"{name} {mask}"] = Call(variant, *inputs, removal)
     return {label: (call, call) for label, call in calls.items()}
 
 
 def measure(
     runs: dict[str, tuple[Callable[[], object], Any]],
     case: dict[str, Any],
-    args: argparse.Namespace,
+    settings: Settings,
 ) -> list[dict[str, Any]]:
     """Rows of a case; a label of two words is a variant under a mask."""
     with torch.no_grad():
         times = cost.latency(
-            runs, args.device, seconds=args.seconds, rounds=args.rounds, least=args.least
+            runs,
+            settings.device,
+            seconds=settings.seconds,
+            rounds=settings.rounds,
+            least=settings.least,
         )
         rows = []
         for label, (run, _) in runs.items():
@@ -207,8 +238,8 @@ def measure(
                 row |= {"mask": mask, "mask_cost": found["total"] / times[name]["total"] - 1}
             if "exact" in times:
                 row["speedup"] = times["exact"]["total"] / found["total"]
-            if args.memory:
-                row["peak_mib"] = cost.peak_memory(run, args.device) / 2**20
+            if settings.memory:
+                row["peak_mib"] = cost.peak_memory(run, settings.device) / 2**20
             rows.append(row)
     return rows
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from fna_lab.attn.base import AttentionVariant, Context
@@ -17,6 +14,8 @@ from fna_lab.backbone.patch import Patch, patch
 from fna_lab.backbone.timm import TimmBackbone
 from fna_lab.bench import packages
 from fna_lab.bench.attention import chosen_variants, measure, named_variant
+from fna_lab.bench.progress import Say, follow
+from fna_lab.bench.settings import Settings
 
 
 class Free(AttentionVariant):
@@ -27,19 +26,22 @@ class Free(AttentionVariant):
         return v
 
 
-def bench_model(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+def bench_model(settings: Settings, say: Say) -> list[dict[str, Any]]:
     """Rows of a whole forward pass; `amdahl` is the share of the limit that is reached."""
+    assert settings.model is not None
     rows = []
-    names = [n for n in chosen_variants(args.variants, console) if n not in packages.ATTENTION]
+    names = [n for n in chosen_variants(settings, say) if n not in packages.ATTENTION]
     names = ["exact", *(n for n in names if n != "exact")]
-    cases = [(side, b, t) for t in args.dtype for b in args.batch for side in args.img_size]
-    for side, batch, kind in track(cases, args.model, console=console, auto_refresh=False):
-        backbone = TimmBackbone(name=args.model, pretrained=False, img_size=side)
-        backbone = backbone.to(args.device, getattr(torch, kind))
+    cases = [
+        (side, b, t) for t in settings.dtype for b in settings.batch for side in settings.img_size
+    ]
+    for side, batch, kind in follow(cases, settings.model, settings):
+        backbone = TimmBackbone(name=settings.model, pretrained=False, img_size=side)
+        backbone = backbone.to(settings.device, getattr(torch, kind))
         pictures = torch.randn(
-            batch, 3, side, side, device=args.device, dtype=getattr(torch, kind)
+            batch, 3, side, side, device=settings.device, dtype=getattr(torch, kind)
         )
-        layers = parse_layers(args.layers, backbone.depth, setting="--layers")
+        layers = parse_layers(settings.layers, backbone.depth, setting="--layers")
         patches: dict[str, Patch] = {}
 
         def run(chosen: Patch, all_of: dict[str, Patch], model: Any, x: Tensor) -> None:
@@ -48,7 +50,7 @@ def bench_model(args: argparse.Namespace, console: Console) -> list[dict[str, An
             model(x)
 
         for name in (*names, "free"):
-            variant = Free() if name == "free" else named_variant(name, args.landmarks)
+            variant = Free() if name == "free" else named_variant(name, settings.landmarks)
             if variant.min_tokens > backbone.num_tokens:
                 continue
             added = patch(backbone.host, variant, layers=layers)
@@ -57,7 +59,7 @@ def bench_model(args: argparse.Namespace, console: Console) -> list[dict[str, An
                 with torch.no_grad():
                     run(added, patches, backbone, pictures)
             except Exception as error:  # a variant that this host or size does not suit
-                console.print(f"{name} is left out at {side} px: {error}", highlight=False)
+                say(f"{name} is left out at {side} px: {error}")
                 patches.pop(name).remove()
         runs: dict[str, tuple[Callable[[], object], Any]] = {
             name: (lambda p=p, a=patches, m=backbone, x=pictures: run(p, a, m, x), p)
@@ -66,7 +68,7 @@ def bench_model(args: argparse.Namespace, console: Console) -> list[dict[str, An
         found = measure(
             runs,
             {"tokens": backbone.num_tokens, "img_size": side, "batch": batch, "dtype": kind},
-            args,
+            settings,
         )
         free = next(row["ms"] for row in found if row["variant"] == "free")
         rows += [row | {"amdahl": free / row["ms"]} for row in found]

@@ -2,103 +2,105 @@
 
 from __future__ import annotations
 
-import argparse
-import ast
-import importlib
-import inspect
 from collections.abc import Callable
 from importlib.resources import as_file, files
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
-import fna_lab.attn.landmarks
 from fna_lab import ops
 from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.backbone.named import named_sampler
 from fna_lab.backbone.timm import TimmBackbone
 from fna_lab.bench import packages
 from fna_lab.bench.attention import nearly_square
+from fna_lab.bench.progress import Say, follow
+from fna_lab.bench.settings import Settings
 from fna_lab.metric import cost
 
 SAMPLERS = ("grid_fps", "fps", "fps:block=8", "kmeans", "grid", "random", "segment", "leverage")
 
 
-def bench_selection(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+def bench_selection(
+    settings: Settings, say: Say, own: tuple[str, LandmarkSampler] | None = None
+) -> list[dict[str, Any]]:
     """Rows of every sampler on every set of points.
 
     `coverage` is the radius of what it takes (largest distance of a point to the nearest one
     taken, in all dimensions) in radii of exact farthest points that begin with CLS; the mean over
-    pictures. The project's samplers normalise their points themselves, and that is in their time;
-    the public ones get normalised points.
+    pictures. `farthest` is the share of picks that exact farthest points take, too. The project's
+    samplers normalise their points themselves, and that is in their time; the public ones get
+    normalised points.
+
+    Args:
+        settings: what is measured.
+        say: is told what is left out, and why.
+        own: name and sampler with settings of its own, beside those that are named.
+
+    Raises:
+        ValueError: a name does not exist, its package is not installed, or there are more
+            landmarks than points.
     """
-    samplers = _samplers(args.samplers, console)
+    samplers = [*_samplers(settings, say), *([own] if own else [])]
     rows = []
-    cases = _model_inputs(args) if args.model else _synthetic_inputs(args)
-    for case, x, grid in track(list(cases), "selection", console=console, auto_refresh=False):
+    cases = _model_inputs(settings) if settings.model else _synthetic_inputs(settings)
+    fewest, num = min(x.shape[1] for _, x, _ in cases), settings.landmarks
+    if num > fewest:
+        raise ValueError(
+            f"{settings.named('landmarks', num)}: more landmarks than the {fewest} points."
+        )
+    for case, x, grid in follow(list(cases), "selection", settings):
         normed = F.layer_norm(x, x.shape[-1:])
-        runs = {name: _run(make, x, normed, grid, args.landmarks) for name, make in samplers}
+        runs = {name: _run(make, x, normed, grid, num) for name, make in samplers}
         with torch.no_grad():
             times = cost.latency(
                 {name: (run, None) for name, run in runs.items()},
-                args.device,
-                seconds=args.seconds,
-                rounds=args.rounds,
-                least=args.least,
+                settings.device,
+                seconds=settings.seconds,
+                rounds=settings.rounds,
+                least=settings.least,
             )
-            exact = _radius(normed, ops.farthest_points(normed, args.landmarks))
+            farthest = ops.farthest_points(normed, num)
+            exact = ops.coverage_radius(normed, farthest)
             for name, run in runs.items():
-                found = times[name]
+                found, picks = times[name], run()
                 row = case | {"variant": name, "rounds": found["rounds"]}
                 row |= {"ms": 1e3 * found["total"]}
                 row |= {"low_ms": 1e3 * found["low"], "high_ms": 1e3 * found["high"]}
-                row["coverage"] = float((_radius(normed, run()) / exact).mean())
+                row["coverage"] = float((ops.coverage_radius(normed, picks) / exact).mean())
+                same = (picks[:, :, None] == farthest[:, None]).any(2)
+                row["farthest"] = float(same.double().mean())
                 if "torch-quickfps" in times:
                     row["against_quickfps"] = times["torch-quickfps"]["total"] / found["total"]
                 rows.append(row)
     return rows
 
 
-def _samplers(names: list[str] | None, console: Console) -> list[tuple[str, Any]]:
+def _samplers(settings: Settings, say: Say) -> list[tuple[str, Any]]:
     """(name, sampler) of those asked for, else of the default ones and of what is installed."""
-    if names is None:
-        names = list(SAMPLERS)
+    names = list(settings.samplers or SAMPLERS)
+    if settings.samplers is None:
         for name in packages.SAMPLERS:
             if packages.installed(name):
                 names.append(name)
             else:
-                console.print(f"{name} is not installed (extra `bench`)", highlight=False)
-    return [(name, _sampler(name)) for name in names]
+                say(f"{name} is not installed (the extra `bench` holds it)")
+    return [(name, _sampler(name, settings.named("samplers", name))) for name in names]
 
 
-def _sampler(name: str) -> LandmarkSampler | packages.Sampler:
+def _sampler(name: str, said: str) -> LandmarkSampler | packages.Sampler:
     """The sampler of `fps` or `fps:block=8,sketch=64`, or that of a public package."""
     if name in packages.SAMPLERS:
         if not packages.installed(name):
-            raise ValueError(f"--samplers {name}: not installed; the extra `bench` holds it.")
+            raise ValueError(f"{said}: not installed; the extra `bench` holds it.")
         return packages.sampler(name)
-    stem, _, settings = name.partition(":")
-    folder = Path(fna_lab.attn.landmarks.__file__).parent
-    known = sorted({p.stem for p in folder.glob("*.py")} - {"__init__", "base"})
-    if stem not in known:
-        choice = ", ".join((*known, *packages.SAMPLERS))
-        raise ValueError(f"--samplers {name}: there is no such sampler; known: {choice}.")
-    module = importlib.import_module(f"fna_lab.attn.landmarks.{stem}")
-    (cls,) = (
-        cls
-        for _, cls in inspect.getmembers(module, inspect.isclass)
-        if issubclass(cls, LandmarkSampler) and cls.__module__ == module.__name__
-    )
-    try:
-        pairs = (one.split("=", 1) for one in settings.split(",") if one)
-        return cls(**{key: ast.literal_eval(value) for key, value in pairs})
-    except (TypeError, ValueError, SyntaxError) as error:
-        raise ValueError(f"--samplers {name}: {error}") from None
+    found = named_sampler(name, said, packages.SAMPLERS)
+    if found.reads == "attention":
+        raise ValueError(f"{said}: it samples by attention, and here are points alone.")
+    return found
 
 
 def _run(
@@ -112,40 +114,36 @@ def _run(
     )
 
 
-def _radius(points: Tensor, picks: Tensor) -> Tensor:
-    taken = points.gather(1, picks[..., None].expand(-1, -1, points.shape[2]))
-    return torch.cdist(points.float(), taken.float()).amin(2).amax(1)
-
-
 Case = tuple[dict[str, Any], Tensor, tuple[int, int]]
 
 
-def _synthetic_inputs(args: argparse.Namespace) -> list[Case]:
+def _synthetic_inputs(settings: Settings) -> list[Case]:
     """Constructed points: smooth fields over the grid with a little noise. No features."""
     found = []
-    for batch in args.batch:
-        for tokens in sorted(args.tokens):
+    for batch in settings.batch:
+        for tokens in sorted(settings.tokens):
             grid = nearly_square(tokens - 1)
             generator = torch.Generator().manual_seed(0)
-            channels = args.heads * args.head_dim
+            channels = settings.heads * settings.head_dim
             coarse = torch.randn(batch, channels, 9, 9, generator=generator)
             field = F.interpolate(coarse, size=grid, mode="bicubic").flatten(2).mT
             noise = torch.randn(batch, tokens, channels, generator=generator)
             x = 0.5 * noise
             x[:, 1:] += field
             case = {"points": "synthetic", "tokens": tokens, "batch": batch, "dtype": "float32"}
-            found.append((case, x.to(args.device), grid))
+            found.append((case, x.to(settings.device), grid))
     return found
 
 
-def _model_inputs(args: argparse.Namespace) -> list[Case]:
+def _model_inputs(settings: Settings) -> list[Case]:
     """The input of one block of a ViT on the photographs of the package."""
+    assert settings.model is not None
     found = []
-    for side in args.img_size:
+    for side in settings.img_size:
         backbone = TimmBackbone(
-            name=args.model,
-            pretrained=args.checkpoint is None,
-            checkpoint=args.checkpoint,
+            name=settings.model,
+            pretrained=settings.checkpoint is None,
+            checkpoint=settings.checkpoint,
             img_size=side,
         ).eval()
         pictures = []
@@ -155,15 +153,15 @@ def _model_inputs(args: argparse.Namespace) -> list[Case]:
                     pictures.append(backbone.transform(picture.convert("RGB")))
         seen: list[Tensor] = []
 
-        def note(module: Any, args: tuple[Tensor, ...], to: list[Tensor] = seen) -> None:  # noqa: ARG001
-            to.append(args[0])
+        def note(module: Any, inputs: tuple[Tensor, ...], to: list[Tensor] = seen) -> None:  # noqa: ARG001
+            to.append(inputs[0])
 
-        hook = backbone.blocks[args.block].register_forward_pre_hook(note)
+        hook = backbone.blocks[settings.block].register_forward_pre_hook(note)
         with torch.no_grad():
             backbone(torch.stack(pictures))
         hook.remove()
-        for batch in args.batch:
-            x = seen[0][:batch].contiguous().to(args.device)
-            case = {"points": f"block {args.block}", "tokens": x.shape[1], "batch": len(x)}
+        for batch in settings.batch:
+            x = seen[0][:batch].contiguous().to(settings.device)
+            case = {"points": f"block {settings.block}", "tokens": x.shape[1], "batch": len(x)}
             found.append((case | {"dtype": "float32"}, x, backbone.grid))
     return found

@@ -150,3 +150,11 @@ def some_of_each(members: Tensor, num: int) -> Tensor:
     count = min(len(rest), num - len(special))
     picks = torch.linspace(0, max(0, len(rest) - 1), count, device=rest.device).round().long()
     return torch.cat([special, rest[picks]])
+
+
+def without_padding(values: Tensor, kept: Tensor | None) -> Tensor:
+    """Values of the last tokens `[b p]`, NaN where `kept`, bool `[b n]`, says padding."""
+    if kept is None:
+        return values
+    kept = kept[: len(values), kept.shape[1] - values.shape[1] :]
+    return values.masked_fill(~kept, torch.nan)

@@ -84,7 +84,7 @@ from fna_lab.ops.patterns import (
     token_rows,
     zero_rows,
 )
-from fna_lab.ops.points import farthest_points
+from fna_lab.ops.points import coverage_radius, farthest_points
 from fna_lab.ops.random_features import orthogonal_features, performer_attention
 from fna_lab.ops.register_neurons import (
     register_neuron_scores,
@@ -152,6 +152,7 @@ __all__ = [
     "clustered_attention",
     "clustered_flops",
     "condition_number",
+    "coverage_radius",
     "defect_direction",
     "drawn_attention",
     "explicit_attention",

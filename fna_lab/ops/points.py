@@ -172,3 +172,31 @@ def _sample(near: Distance, num: int, first: Tensor, allowed: Tensor | None) -> 
         else:
             torch.minimum(distance, closer, out=distance)
     return picks
+
+
+def coverage_radius(points: Tensor, picks: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Largest distance of a point to the nearest one that was picked.
+
+    Args:
+        points: `[b n c]`.
+        picks: indices, long `[b m]`; repeats change nothing.
+        allowed: bool `[b n]`, False = the point need not be covered; None = all must.
+
+    Returns:
+        Euclidean, `[b]`, float32 at least.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes do not fit.
+    """
+    check_float("points", points, 3, "[b n c]")
+    check_index("picks", picks, "[b m]")
+    if len(picks) != len(points):
+        raise ValueError(f"Expected picks of {len(points)} pictures, got {len(picks)}.")
+    points = points.to(torch.promote_types(points.dtype, torch.float32))
+    taken = points.gather(1, picks[..., None].expand(-1, -1, points.shape[2]))
+    distance = torch.cdist(points, taken).amin(2)
+    if allowed is not None:
+        check_bool("allowed", allowed, points.shape[:2])
+        distance = distance.masked_fill(~allowed, 0.0)
+    return distance.amax(1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fna_lab.report import canvas, token_maps
+from fna_lab.report import canvas, drawings, token_maps
 from fna_lab.report import topology as landscape
 from fna_lab.report.figure import COLOURS
 from fna_lab.report.record import samples
@@ -39,6 +39,10 @@ def draw(record: Record, arrays: Arrays, folder: Path) -> list[Path]:
         drawn.append(canvas.save(token_maps.tokens(record, arrays), folder / "tokens.png"))
     if "map_pca_final" in arrays:
         drawn.append(canvas.save(token_maps.components(record, arrays), folder / "pca.png"))
+    if "map_patterns" in arrays:
+        drawn.append(canvas.save(drawings.patterns(record, arrays), folder / "patterns.png"))
+    if "map_picks_own" in arrays:
+        drawn.append(canvas.save(drawings.landmarks(record, arrays), folder / "landmarks.png"))
     if "map_ncut" in arrays:
         drawn.append(canvas.save(landscape.topology(record, arrays), folder / "topology.png"))
     return drawn

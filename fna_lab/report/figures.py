@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fna_lab.report import anatomy_figures, finding_figures, generation_figures, record
+from fna_lab.report import (
+    anatomy_figures,
+    finding_figures,
+    generation_figures,
+    record,
+    timing_figures,
+)
 
 FOLDER = "figures"
 TASKS = {
     "anatomy": anatomy_figures.draw,
     "findings": finding_figures.draw,
     "generation": generation_figures.draw,
+    "timing": timing_figures.draw,
 }
 
 
@@ -25,7 +32,7 @@ def draw(folder: Path) -> list[Path]:
     """
     found = record.read(folder)
     arrays = record.read_arrays(folder)
-    if found["task"] not in TASKS or not arrays:
+    if found["task"] not in TASKS or not (arrays or "timing" in found):
         return []
     (folder / FOLDER).mkdir(exist_ok=True)
     return TASKS[found["task"]](found, arrays, folder / FOLDER)

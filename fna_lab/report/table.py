@@ -13,6 +13,7 @@ from rich.text import Text
 from fna_lab.report.errors import budget_table, error_table, fallback_text
 from fna_lab.report.matrix import matrices
 from fna_lab.report.record import nature, samples
+from fna_lab.report.timings import timings
 from fna_lab.report.verdicts import verdicts
 
 COST_ROWS = (
@@ -33,6 +34,7 @@ MEASURES = {
     "qk": "qk: cosine of a head's mean query with keys, by class of the key",
     "ov": "ov: cosine of what a token sends (W_o v) with its own direction, by class",
     "suppression": "suppression: push along its own direction that a token receives, by class",
+    "landmarks": "landmarks: how many of each class; coverage radius (1 = of farthest points)",
     "growth": "growth: norm behind a block of the token that is largest at detection, and medians",
     "velocity": "velocity: of a step against exact attention; teacher = from the same latents, "
     "free = each from its own",
@@ -50,6 +52,9 @@ def make_console() -> Console:
 
 def show(record: Mapping[str, Any], console: Console) -> None:
     """Print what was run, its metrics, and its cost against exact attention."""
+    if "timing" in record:
+        console.print(timings(record))
+        return
     parts: list[Any] = [_heading(record)]
     parts.append(verdicts(record) if "findings" in record else _metrics(record["metrics"]))
     if record.get("budget"):

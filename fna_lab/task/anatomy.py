@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from fna_lab.attn.base import NoAttention
+from fna_lab.attn.reduced import LandmarkAttention
+from fna_lab.backbone.named import named_sampler
 from fna_lab.backbone.patch import patch
 from fna_lab.metric.alignment import alignment_facts, directions, suppression_facts
 from fna_lab.metric.anatomy import (
@@ -21,14 +21,10 @@ from fna_lab.metric.anatomy import (
     norm_facts,
     some_of_each,
     token_facts,
+    without_padding,
 )
-from fna_lab.metric.intervention import (
-    BRANCHES,
-    Onlooker,
-    WithoutTokens,
-    next_sink,
-    round_facts,
-)
+from fna_lab.metric.intervention import Onlooker
+from fna_lab.metric.landmarks import LandmarkLook
 from fna_lab.metric.mass import (
     attention_sums,
     first_pictures,
@@ -36,8 +32,10 @@ from fna_lab.metric.mass import (
     mass_facts,
     sink_facts,
 )
+from fna_lab.metric.pairs import EACH, drawn_patterns, drawn_tokens, massive_of, pair_facts
 from fna_lab.metric.topology import Topology
 from fna_lab.task.base import Task
+from fna_lab.task.closely import decay, growth
 
 if TYPE_CHECKING:
     from fna_lab.attn.base import Context
@@ -54,7 +52,10 @@ MEASURES = (
     "decay",
     "pca",
     "topology",
+    "patterns",
+    "landmarks",
 )
+SAMPLERS = ("fps", "grid", "grid_fps", "random")
 DEFAULT = ("facts", "norms", "mass", "incoming", "sink_rate", "growth", "pca")
 # What stands in the maps for the class of tokens that are none.
 PADDING = -1
@@ -74,10 +75,12 @@ class Anatomy(Task):
     Args:
         measure: what is measured: a list of `MEASURES`, or `all`.
         pictures: the first so many pictures are looked at closely: maps, suppression, growth,
-            decay, components, topology.
+            decay, components, topology, patterns; the figure of landmarks.
         rounds: of `decay`: most tokens that are taken out, one a round.
         epsilon: of `sink_rate`: share of a head's attention that makes a token a sink.
         topology: of `topology`: settings of `metric.topology.Topology`.
+        samplers: of `landmarks`: samplers that stand beside the run's own, as
+            `name:setting=value,...`.
         figures: draw the figures of the run.
         cost: measure latency and memory on the first batch.
         **common: see `Task`.
@@ -94,14 +97,18 @@ class Anatomy(Task):
         rounds: int = 8,
         epsilon: float = 0.3,
         topology: Mapping[str, Any] | None = None,
+        samplers: Sequence[str] = SAMPLERS,
         figures: bool = True,
         cost: bool = False,
         **common: Any,
     ) -> None:
         super().__init__(cost=cost, **common)
         self.refuse_extra_tokens()
-        if isinstance(measure, str):
-            measure = MEASURES if measure == "all" else (measure,)
+        landmarks = isinstance(self.patched.attn, LandmarkAttention)
+        if measure == "all":
+            measure = [name for name in MEASURES if name != "landmarks" or landmarks]
+        elif isinstance(measure, str):
+            measure = (measure,)
         self.measure = tuple(measure)
         for name in self.measure:
             if name not in MEASURES:
@@ -109,6 +116,11 @@ class Anatomy(Task):
                     f"task.measure: {name!r} is none of {', '.join(MEASURES)}; expected a list of "
                     "these, or all."
                 )
+        if "landmarks" in self.measure and not landmarks:
+            raise ValueError(
+                f"task.measure=[landmarks]: attn={self.patched.attn.name} takes no landmarks; "
+                "expected attn=fna, fna_paper or subset."
+            )
         for name, value in (("pictures", pictures), ("rounds", rounds)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"task.{name}={value!r}: expected an integer >= 1.")
@@ -120,6 +132,7 @@ class Anatomy(Task):
         self.topology = Topology(**(topology or {}))
         anatomy, depth = self.backbone.anatomy, self.backbone.depth
         self.topology.choose(anatomy.restart, anatomy.detect, depth)
+        self.samplers = {name: named_sampler(name, f"task.samplers={name}") for name in samplers}
         self.figures = figures
         self.means = nn.ModuleDict()
         self.maps: dict[str, list[Tensor]] = {}
@@ -137,8 +150,18 @@ class Anatomy(Task):
             facts = self._block(q, k, v, context, members, objects, few)
             noted.update({f"{name}/{context.layer:02d}": fact for name, fact in facts.items()})
 
+        look = None
+        if "landmarks" in self.measure:
+            first = self.patched.attn_layers[0]
+            look = LandmarkLook(members, first, self.samplers, self.patched.meter)
+            self.patched.meter = look
         with self.patched.observed(observe):
             found = self.features(images)
+        if look is not None:
+            noted |= look.facts
+            self._keep_landmarks(look, few)
+        if few and "patterns" in self.measure:
+            noted |= self._patterns(images[:few], members[:few])
         if few:
             # What tokens do without attention or sinks is asked of the model as it came.
             with self.patched.disabled():
@@ -196,9 +219,9 @@ class Anatomy(Task):
             facts |= alignment_facts(q, k, v, x, weight, members, kept)
         if not few:
             return facts
-        self._keep("norm", _without(x[:few].float().norm(dim=-1), kept), layer)
-        self._keep("incoming", _without(sums.incoming[:few].mean(1), kept), layer)
-        self._keep("cls_row", _without(sums.first[:few].mean(1), kept), layer)
+        self._keep("norm", without_padding(x[:few].float().norm(dim=-1), kept), layer)
+        self._keep("incoming", without_padding(sums.incoming[:few].mean(1), kept), layer)
+        self._keep("cls_row", without_padding(sums.first[:few].mean(1), kept), layer)
         if "suppression" in wanted:
             weight = self.backbone.out_weight(layer)
             near = first_pictures(context, few)
@@ -226,87 +249,38 @@ class Anatomy(Task):
             shares = self._components("final", patches, self.backbone.kept(images))
             facts |= {f"pca_explained_{i + 1}": shares[:, i] for i in range(shares.shape[1])}
         if "growth" in self.measure:
-            facts |= self._growth(images)
+            found, maps = growth(self.backbone, images)
+            facts |= found
+            for name, value in maps.items():
+                self.maps.setdefault(name, []).append(value)
         if "decay" in self.measure:
-            facts |= self._decay(images)
+            facts |= decay(self.backbone, images, self.rounds)
         return facts
 
-    def _growth(self, images: Tensor) -> dict[str, Tensor]:
-        """Norms behind the restart block with attention, without it, and without its bias."""
-        backbone, anatomy = self.backbone, self.backbone.anatomy
-        span = range(anatomy.restart, backbone.depth)
-        replay = backbone.replay(images, span[0], span[-1])
-        runs = {"exact": replay.outputs[span[0] :]}
-        with patch(backbone.host, NoAttention(), layers=span, blocks=backbone.blocks_path):
-            runs["off"] = replay()
-            with backbone.without_output_bias(span):
-                runs["off_no_bias"] = replay()
-        prefix, kept = backbone.num_prefix_tokens, backbone.kept(images)
-        norms = {
-            name: torch.stack(
-                [_without(x[:, prefix:].float().norm(dim=-1), kept) for x in outputs], dim=1
-            )
-            for name, outputs in runs.items()
-        }  # [b layers p]
-        # One token is followed through all three: the largest where detectors look.
-        place = max(0, anatomy.detect - 1 - span[0])
-        largest = norms["exact"][:, place].nan_to_num(-1.0).argmax(1)[:, None, None]
-        facts: dict[str, Tensor] = {}
-        for name, value in norms.items():
-            self.maps.setdefault(f"growth_{name}", []).append(value)
-            followed = value.gather(2, largest.expand(-1, value.shape[1], 1))[..., 0]
-            for i, layer in enumerate(span):
-                facts[f"growth/{name}/{layer:02d}"] = followed[:, i]
-                facts[f"growth/{name}_median/{layer:02d}"] = value[:, i].nanmedian(1).values
-        self.maps.setdefault("growth_token", []).append(largest[:, 0, 0])
-        return facts
+    def _keep_landmarks(self, look: LandmarkLook, few: int) -> None:
+        """For the figure: what was taken in the first replaced block, and by other samplers."""
+        if not few:
+            return
+        self.maps["landmarks_block"] = [torch.tensor([look.first])]
+        if look.clusters is not None:
+            self._keep_map("clusters", look.clusters[:few])
+        for name, picks in look.picks.items():
+            self._keep_map(f"picks_{name}", picks[:few])
+            self._keep_map(f"coverage_{name}", look.coverage[name][:few])
 
-    def _decay(self, images: Tensor) -> dict[str, Tensor]:
-        """Sinks and norms as one sink after another is taken out, in three ways."""
-        backbone, anatomy = self.backbone, self.backbone.anatomy
-        span = range(anatomy.restart, anatomy.detect + 1)
-        replay = backbone.replay(images, span[0], span[-1])
-        prefix, has_cls = backbone.num_prefix_tokens, backbone.has_cls
-        removed = torch.zeros(
-            (len(images), backbone.num_tokens), dtype=torch.bool, device=images.device
-        )
-        facts: dict[str, Tensor] = {}
-        for number in range(self.rounds + 1):
-            shown = {"removed": removed.sum(1).double()}
-            new = torch.zeros_like(removed)
-            for branch, (stage, pattern) in BRANCHES.items():
-                variant = WithoutTokens(removed, stage, pattern)
+    def _patterns(self, images: Tensor, members: Tensor) -> dict[str, Tensor]:
+        """T of the run's mask, or the massive tokens, and the pairs that patterns take away."""
+        tokens, kept = self.patched.tokens, self.backbone.kept(images)
+        if tokens is None or not self.patched.mask.looks:
+            tokens = massive_of(members)
+        tokens = tokens[: len(images)]
+        self._keep_map("tokens", tokens)
+        here = torch.ones_like(tokens) if kept is None else kept
+        self._keep_map("tokens_kept", here)
+        return pair_facts(tokens, here)
 
-                def look(
-                    q: Tensor, k: Tensor, v: Tensor, context: Context,  # noqa: ARG001
-                    variant: WithoutTokens = variant, branch: str = branch,
-                    shown: dict[str, Tensor] = shown, new: Tensor = new,
-                ) -> None:  # fmt: skip
-                    if context.layer != anatomy.detect:
-                        return
-                    # A replay passes no embedding that would tell the patch of registers.
-                    context = replace(context, num_prefix_tokens=prefix, has_cls=has_cls)
-                    drawn, score = variant.look(q, k, context)
-                    gone = variant.removal.tokens
-                    found = round_facts(drawn, score, context.x, gone, prefix, context.kept)
-                    shown.update({f"{name}_{branch}": value for name, value in found.items()})
-                    if branch == "mask":
-                        new |= next_sink(score)
-
-                path = backbone.blocks_path
-                with (
-                    patch(backbone.host, variant, layers=span, blocks=path) as probe,
-                    probe.observed(look),
-                ):
-                    replay()
-            # A picture that is done stays as it is, whether its batch mates go on or not.
-            rest = (number,) if bool(new.any()) else range(number, self.rounds + 1)
-            for later in rest:
-                facts |= {f"decay/{name}/{later:02d}": value for name, value in shown.items()}
-            if not bool(new.any()):
-                break
-            removed = removed | new
-        return facts
+    def _keep_map(self, name: str, value: Tensor) -> None:
+        self.maps.setdefault(name, []).append(value)
 
     def _components(self, name: str, x: Tensor, kept: Tensor | None) -> Tensor:
         """Keep the first components of patch tokens; the shares that they explain `[b k]`."""
@@ -350,6 +324,17 @@ class Anatomy(Task):
         for name, value in _stacked({k: m.compute() for k, m in self.means.items()}).items():  # type: ignore[operator]
             self.arrays[name] = value.cpu().numpy()
         pictures = {name: torch.cat(parts) for name, parts in self.maps.items()}
+        if "tokens" in pictures:
+            tokens, kept = pictures["tokens"], pictures.pop("tokens_kept")
+            drawn = int(tokens.sum(1).clamp(max=EACH).argmax())  # the first that shows it best
+            chosen = drawn_tokens(
+                tokens[drawn], kept[drawn], self.backbone.num_prefix_tokens, self.backbone.has_cls
+            )
+            pictures |= {
+                "patterns": drawn_patterns(tokens[drawn], chosen),
+                "patterns_tokens": chosen,
+                "patterns_picture": torch.tensor(drawn),
+            }
         for name, value in _stacked(pictures).items():
             self.arrays[f"map_{name}"] = value.cpu().numpy()
         for name, value in self.topology.results().items():
@@ -367,13 +352,6 @@ class Anatomy(Task):
 def _of_patches(kept: Tensor, patches: Tensor) -> Tensor:
     """The part of bool `[b n]` that belongs to patch tokens `[b p ...]`, of the first pictures."""
     return kept[: len(patches), kept.shape[1] - patches.shape[1] :]
-
-
-def _without(values: Tensor, kept: Tensor | None) -> Tensor:
-    """Values of the last tokens `[b p]`, NaN for padding."""
-    if kept is None:
-        return values
-    return values.masked_fill(~_of_patches(kept, values), torch.nan)
 
 
 def _stacked(values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,111 @@
+"""What a benchmark measures, whether the command line asks or a task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+MASKS = ("type1-mask", "type1-sink", "type2-mask", "type2-sink")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class Settings:
+    """Settings of a benchmark.
+
+    Attributes:
+        variants: names of conf/attn and of public packages, or `all`; None = the common ones.
+        samplers: landmark samplers, names or `name:setting=value,...`; None = the common ones.
+        tokens: sizes, CLS included.
+        batch: pictures of a batch, several sizes.
+        dtype: of the inputs, names of `DTYPES`.
+        heads: attention heads.
+        head_dim: channels of a head; points to sample have heads x head_dim of them.
+        landmarks: of variants that have that setting, and of samplers.
+        masks: `<pattern>-<stage>` of `MASKS`, each beside the same variant without a mask.
+        masked_tokens: that a mask takes away.
+        exact_limit: most tokens of exact attention.
+        slowest: seconds that no call may be expected to take.
+        rounds: most rounds of a case.
+        least: fewest rounds of a case.
+        seconds: of a case, about.
+        memory: measure peak memory, too.
+        model: a timm ViT whose whole forward passes are timed, or whose tokens are sampled.
+        img_size: sides of its pictures.
+        layers: its blocks that are replaced.
+        checkpoint: its weights, where its tokens are sampled.
+        block: whose input is sampled.
+        device: where it runs.
+        progress: show a bar.
+        prefix: of settings in messages: `--`, as on the command line, or `task.`.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    variants: Sequence[str] | None = None
+    samplers: Sequence[str] | None = None
+    tokens: Sequence[int] = (197, 1370, 4097, 16385)
+    batch: Sequence[int] = (1,)
+    dtype: Sequence[str] = ("float32",)
+    heads: int = 6
+    head_dim: int = 64
+    landmarks: int = 64
+    masks: Sequence[str] = ()
+    masked_tokens: int = 4
+    exact_limit: int = 20000
+    slowest: float = 60
+    rounds: int = 15
+    least: int = 3
+    seconds: float = 10
+    memory: bool = True
+    model: str | None = None
+    img_size: Sequence[int] = (518,)
+    layers: str = "6-"
+    checkpoint: str | None = None
+    block: int = 6
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    progress: bool = True
+    prefix: str = "--"
+
+    def __post_init__(self) -> None:
+        counts = ("heads", "head_dim", "landmarks", "masked_tokens", "exact_limit", "rounds",
+                  "least")  # fmt: skip
+        for name, least in (*((name, 1) for name in counts), ("tokens", 2), ("batch", 1)):
+            value = getattr(self, name)
+            several = name in ("tokens", "batch")
+            parts = value if several and _is_list(value) else [value]
+            if not parts or several != _is_list(value) or any(_below(p, least) for p in parts):
+                wanted = f"a list of integers >= {least}" if several else f"an integer >= {least}"
+                raise ValueError(f"{self.named(name, value)}: expected {wanted}.")
+        for name in ("slowest", "seconds"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                raise ValueError(f"{self.named(name, value)}: expected a number > 0.")
+        for name, known in (("dtype", DTYPES), ("masks", MASKS)):
+            value = getattr(self, name)
+            empty = name == "dtype" and not value
+            if not _is_list(value) or empty or any(part not in known for part in value):
+                raise ValueError(
+                    f"{self.named(name, value)}: expected a list of {', '.join(known)}."
+                )
+        for name in ("variants", "samplers"):
+            value = getattr(self, name)
+            if value is not None and (not _is_list(value) or not value):
+                raise ValueError(f"{self.named(name, value)}: expected a list of names.")
+
+    def named(self, setting: str, value: object = None) -> str:
+        """A setting, and its value, as the one who asked writes it."""
+        if self.prefix != "--":
+            return f"{self.prefix}{setting}" + ("" if value is None else f"={value}")
+        return f"--{setting.replace('_', '-')}" + ("" if value is None else f" {value}")
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _below(value: object, least: int) -> bool:
+    return isinstance(value, bool) or not isinstance(value, int) or value < least
