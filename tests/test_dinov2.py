@@ -88,7 +88,7 @@ def test_own_defaults_are_closer(
 
 def test_more_rows_are_closer_still(backbone: Backbone) -> None:
     found = fidelity(backbone, "fna", 0, num_landmarks=128, rows=3)
-    assert found["cls_cosine"] > 0.985 and found["patch_cosine"] > 0.985
+    assert found["cls_cosine"] > 0.98 and found["patch_cosine"] > 0.98
 
 
 def test_unpatching_restores_every_bit(backbone: Backbone) -> None:

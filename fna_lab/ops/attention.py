@@ -54,8 +54,9 @@ def attention_with_lse(
 ) -> tuple[Tensor, Tensor | None]:
     """Fused attention, and the log of the sum that each row is divided by, where the kernel says.
 
-    The kernel for CPUs keeps that number for its backward pass. Where another kernel runs, or a
-    gradient is asked for (that of the number is unknown), there is none.
+    The kernel for CPUs keeps that number for its backward pass. There is none where another kernel
+    runs, where a gradient is asked for (that of the number is unknown), and under `torch.compile`,
+    which cannot ask what is switched on.
 
     Args:
         q: queries `[b h m d]`.
@@ -71,6 +72,7 @@ def attention_with_lse(
     kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     told = (
         kernel is not None
+        and not torch.compiler.is_compiling()
         and q.device.type == "cpu"
         and torch.backends.cuda.flash_sdp_enabled()  # the switch of all devices
         and not torch.is_autocast_enabled("cpu")

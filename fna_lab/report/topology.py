@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fna_lab.report import canvas, token_maps
+from fna_lab.report.record import samples
 
 Record = Mapping[str, Any]
 Arrays = Mapping[str, np.ndarray]
@@ -41,9 +42,8 @@ def topology(record: Record, arrays: Arrays) -> Figure:
         token_maps.picture(second, token_maps.on_grid(shown, record))
         high = token_maps.on_grid(norm[i], record)
         token_maps.plain(right, third, high, "norm")
-    for axes, text in zip(
-        panels[0], ("picture", f"cut of block {places}", f"norm, block {heights}"), strict=True
-    ):
+    titles = samples(record)[:-1], f"cut of block {places}", f"norm, block {heights}"
+    for axes, text in zip(panels[0], titles, strict=True):
         axes.set_title(text, fontsize=9)
     return figure
 
