@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fna_lab.report.record import nature, samples
+from fna_lab.report.record import counted, nature
 
 # One colour and one marker a class in every figure, so that print without colour tells them too.
 CLASS_COLOURS = {
@@ -35,7 +35,7 @@ def heading(record: Mapping[str, Any]) -> str:
     backbone, data = record["backbone"], record["data"]
     drawn = " (synthetic)" if data.get("synthetic") else ""
     text = f"{backbone['name']}{nature(record)}, {backbone['num_tokens']} tokens; "
-    text += f"{data['count']} {samples(record)} of {data['name']}{drawn}"
+    text += f"{counted(record)} of {data['name']}{drawn}"
     attn, mask = record["attn"]["name"], record["mask"]["name"]
     return text if (attn, mask) == ("exact", "none") else f"{text}; attn={attn}, mask={mask}"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from fna_lab.report.record import samples
+from fna_lab.report.record import counted
 from fna_lab.report.table import flatten
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and by brightness in print.
@@ -64,7 +64,7 @@ def plot(
     figure.suptitle(
         f"{backbone['name']}, {backbone['num_tokens']} tokens, blocks "
         f"{first['attn']['layers'][0]}-{first['attn']['layers'][-1]}; "
-        f"{data['count']} {samples(first)} of {data['name']}",
+        f"{counted(first)} of {data['name']}",
         fontsize=10,
     )
     figure.savefig(path, dpi=160)

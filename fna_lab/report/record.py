@@ -105,6 +105,12 @@ def samples(record: Mapping[str, Any]) -> str:
     return record["data"].get("samples", "pictures")
 
 
+def counted(record: Mapping[str, Any]) -> str:
+    """How many samples there are: `1 picture`, `4 sentences`."""
+    count = record["data"]["count"]
+    return f"{count} {samples(record)[:-1] if count == 1 else samples(record)}"
+
+
 def finished(folder: Path) -> list[Path]:
     """Folders of the finished runs at or below a folder, in natural order."""
     found = [path.parent for path in folder.rglob(METRICS)]

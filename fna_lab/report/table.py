@@ -12,7 +12,7 @@ from rich.text import Text
 
 from fna_lab.report.errors import budget_table, error_table, fallback_text
 from fna_lab.report.matrix import matrices
-from fna_lab.report.record import nature, samples
+from fna_lab.report.record import counted, nature, samples
 from fna_lab.report.timings import timings
 from fna_lab.report.verdicts import verdicts
 
@@ -98,7 +98,7 @@ def _heading(record: Mapping[str, Any]) -> Text:
     backbone, data, config = record["backbone"], record["data"], record["config"]
     text = Text()
     text.append(f"{record['task']}", style="bold")
-    text.append(f" of {data['count']} {samples(record)} of {data['name']}")
+    text.append(f" of {counted(record)} of {data['name']}")
     text.append(" (synthetic)\n" if data.get("synthetic") else "\n")
     text.append(f"backbone  {backbone['name']}{nature(record)}: {_size(backbone)}, ")
     text.append(f"{backbone['num_tokens']} tokens, {backbone['depth']} blocks\n")
