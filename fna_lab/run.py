@@ -21,6 +21,7 @@ from fna_lab.backbone.base import Backbone, compared
 from fna_lab.backbone.budget import Plan as Solved
 from fna_lab.backbone.budget import solve_budget
 from fna_lab.backbone.patch import Patch, patch
+from fna_lab.backbone.plan import check_fit
 from fna_lab.build import build
 from fna_lab.data.base import PictureData
 from fna_lab.report import figures
@@ -112,6 +113,7 @@ def plan(
             f"attn.budget={budget} chooses the blocks: it goes with attn.layers=auto."
         )
     attn, mask = build(settings), build(cfg.mask)
+    check_fit(attn, mask, backbone.blocks[0])
     anatomy, depth = backbone.anatomy, backbone.depth
     if layers != "auto":
         attn.check_tokens(backbone.num_tokens)

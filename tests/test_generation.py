@@ -183,6 +183,8 @@ def test_the_clock_measures_one_step(backbone: Any) -> None:
         ({"steps": [0.5, 3]}, "task.steps="),
         ({"num_steps": 0}, "task.num_steps=0: expected"),
         ({"guidance": 0.5}, "task.guidance=0.5: expected"),
+        ({"guidance": None}, "task.guidance=None: expected"),
+        ({"guidance": "much"}, "task.guidance='much': expected"),
         ({"pictures": 0}, "task.pictures=0: expected"),
     ],
 )
@@ -301,3 +303,11 @@ def test_impossible_runs_are_one_line(
     with pytest.raises(error, match=said) as caught:
         run(composed(*more), tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_variant_that_calibrates_is_refused_before_it_does(tmp_path: Path) -> None:
+    given = ["task=generation", "backbone=sd3_random", "attn=registers", "trainer=cpu"]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("config", overrides=given)
+    with pytest.raises(NotImplementedError, match="attn=registers cannot honour joint blocks"):
+        run(cfg, tmp_path)

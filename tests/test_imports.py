@@ -36,7 +36,7 @@ MAY = {
     "build": (),
     "help": (),
     "run": ("build", "report", "attn.layers", "backbone.base",
-            "backbone.budget", "backbone.patch", "data.base",
+            "backbone.budget", "backbone.patch", "backbone.plan", "data.base",
             "task.base"),
     "cli": ("help", "run", "report"),
     "__main__": ("cli",),

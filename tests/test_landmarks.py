@@ -164,6 +164,21 @@ def test_ncut_settings_are_checked():
         SAMPLERS["ncut"](steps=-1)
 
 
+@pytest.mark.parametrize("name", ["fps", "grid_fps", "joint", "kmeans"])
+@pytest.mark.parametrize("sketch", [0, "much", True, 1.5])
+def test_a_sketch_of_no_dimensions_is_refused_before_any_run(name, sketch):
+    with pytest.raises(ValueError, match=f"attn.landmarks.sketch={sketch!r}: expected"):
+        SAMPLERS[name](sketch=sketch)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"), [("fps", "block", "two"), ("grid_fps", "share", "half")]
+)
+def test_settings_of_samplers_that_are_no_numbers_are_named(name, setting, value):
+    with pytest.raises(ValueError, match=f"attn.landmarks.{setting}={value!r}: expected"):
+        SAMPLERS[name](**{setting: value})
+
+
 def test_segment_centres_are_evenly_spread():
     allowed = torch.ones(1, 40, dtype=torch.bool)
     assert ops.segment_centres(allowed, 4).tolist() == [[5, 15, 25, 35]]

@@ -218,3 +218,10 @@ def test_tokens_in_any_other_order_are_copied():
         table, step = clustered.token_table(x)
         assert step == 1
         assert torch.equal(table.view(2, 7, 12), x.transpose(1, 2).flatten(2))
+
+
+def test_a_packed_batch_without_pictures_has_a_table():
+    k = torch.randn(0, 9, 3, 2, 4).permute(2, 0, 3, 1, 4)[1]  # [0 h n d]
+    means, sizes = ops.cluster_means(k, torch.zeros(0, 9, dtype=torch.long), 3)
+    assert means.shape == (0, 2, 3, 4)
+    assert sizes.shape == (0, 3)

@@ -197,3 +197,27 @@ def test_own_rows_do_not_depend_on_what_the_kernel_tells(stage, biased):
     told = ops.masked_attention(q, k, v, tokens, **more)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         torch.testing.assert_close(ops.masked_attention(q, k, v, tokens, **more), told)
+
+
+@pytest.mark.parametrize("stage", ops.STAGES)
+def test_a_bias_without_batch_or_with_a_gradient(stage):
+    # The kernel that tells its sums takes neither.
+    q, k, v, tokens = random_case()
+    rows = ops.token_rows(tokens)
+    bias = torch.randn(2, 9, 9, dtype=torch.float64, requires_grad=True)
+    out = ops.masked_attention(
+        q, k, v, tokens, pattern="type2", stage=stage, scale=0.3, bias=bias, rows=rows
+    )
+    dense = _dense(q, k, v, ops.removed_pairs(tokens, "type2"), stage, 0.3, bias)
+    torch.testing.assert_close(out, dense)
+    found, wanted = (torch.autograd.grad(x.square().sum(), bias)[0] for x in (out, dense))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("stage", ops.STAGES)
+def test_own_rows_under_autocast(stage):
+    q, k, v, tokens = random_case(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = ops.masked_attention(q, k, v, tokens, pattern="type2", stage=stage, scale=0.3)
+    dense = _dense(q, k, v, ops.removed_pairs(tokens, "type2"), stage, 0.3, None)
+    torch.testing.assert_close(out.float(), dense, rtol=0, atol=0.03)

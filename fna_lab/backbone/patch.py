@@ -26,7 +26,6 @@ from fna_lab.backbone.seam import (
     LeaveSeam,
     Probed,
     hidden,
-    is_joint,
     kept_of,
     text_of,
     tokens_first,
@@ -91,7 +90,7 @@ def patch(
     attn_layers = parse_layers(default if layers is None else layers, depth, setting="attn.layers")
     attention.check_layers(attn_layers)
     masked: tuple[int, ...] = ()
-    check_fit(attention, strategy, joint=is_joint(found[0]))
+    check_fit(attention, strategy, found[0])
     if strategy.acts:
         wanted = strategy.layers if mask_layers is None else mask_layers
         masked = parse_layers(default if wanted is None else wanted, depth, setting="mask.layers")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from fna_lab.attn.base import AttentionVariant
 from fna_lab.attn.layers import parse_layers
+from fna_lab.backbone.seam import is_joint
 from fna_lab.backbone.search import Search
 from fna_lab.mask.base import Mask, check_block
 from fna_lab.mask.detector.cls_proxy import ClsProxyDetector
@@ -14,13 +17,13 @@ from fna_lab.mask.detector.cls_proxy import ClsProxyDetector
 RESTART = 9 / 24
 
 
-def check_fit(attn: AttentionVariant, mask: Mask, *, joint: bool) -> None:
+def check_fit(attn: AttentionVariant, mask: Mask, block: nn.Module) -> None:
     """Refuse what a variant or a mask cannot honour, before any data is read.
 
     Args:
         attn: the variant.
         mask: the strategy.
-        joint: whether the host's blocks attend over a text behind the picture.
+        block: one of the host's.
 
     Raises:
         NotImplementedError: naming what does not fit.
@@ -37,7 +40,7 @@ def check_fit(attn: AttentionVariant, mask: Mask, *, joint: bool) -> None:
             f"attn={attn.name} cannot honour mask={mask.name} with a concatenation, which appends "
             "tokens behind the others; use attn=exact."
         )
-    if not joint:
+    if not is_joint(block):
         return
     where = "joint blocks, which attend over a text behind the picture"
     if mask.acts or attn.token_classes:

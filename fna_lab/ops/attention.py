@@ -79,6 +79,7 @@ def attention_with_lse(
         and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
         and not v.requires_grad
         and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        and (mask is None or (mask.ndim in (2, 4) and not mask.requires_grad))
     )
     if not told or kernel is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), None

@@ -98,7 +98,7 @@ def _bagged_means(x: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]
     means = F.embedding_bag(
         ((order + first) * step).flatten(), table, (begin + first).flatten(), mode="mean"
     )
-    return means.view(batch, num + 1, -1)[:, :num], begin.diff(dim=1).to(table.dtype)
+    return means.view(batch, num + 1, table.shape[1])[:, :num], begin.diff(dim=1).to(table.dtype)
 
 
 def clustered_attention(

@@ -236,7 +236,7 @@ def token_table(x: Tensor) -> tuple[Tensor, int]:
     rows = x.transpose(1, 2)  # [b n h d], as a projection leaves it
     apart, stride, *inner = rows.stride()
     packed = inner == [dim, 1] and stride % width == 0 and (batch == 1 or apart == tokens * stride)
-    if not packed or x.requires_grad or torch.compiler.is_compiling():
+    if not packed or x.requires_grad or torch.compiler.is_compiling() or x.numel() == 0:
         return rows.reshape(batch * tokens, width), 1
     step = stride // width
     # What lies between two of these rows are rows of the others, which nobody asks for.

@@ -280,7 +280,6 @@ def restore_own_rows(
             exact = now * (others - total).exp() + own_v * (own - total).exp()
         else:
             exact = now + own_v * (own - others).exp()
-        exact = exact.to(out.dtype)
     elif stage == "mask":
         mask = bias
         if keys is not None:
@@ -296,7 +295,8 @@ def restore_own_rows(
             logits = logits.masked_fill(~keys[:, None, None], -torch.inf)
         weight = (own - logits.logsumexp(-1, keepdim=True)).exp().to(v.dtype)
         exact = now + weight * own_v
-    exact = torch.where(valid[:, None, :, None], exact, now)
+    # Autocast gives the fused kernel's output a dtype of its own.
+    exact = torch.where(valid[:, None, :, None], exact.to(out.dtype), now)
     if out.requires_grad:  # the fused kernel keeps its output for the backward pass
         return out.scatter(2, index, exact)
     return out.scatter_(2, index, exact)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def sketch_points(points: Tensor, dims: int, *, normed: bool = False, groups: in
     if isinstance(dims, bool) or not isinstance(dims, int) or dims < 1:
         raise ValueError(f"Expected dims to be an integer >= 1, got {dims!r}.")
     batch, tokens, channels = points.shape
-    if groups < 1 or channels % groups or dims % groups:
+    if type(groups) is not int or groups < 1 or channels % groups or dims % groups:
         raise ValueError(
             f"Expected groups to divide {channels} channels and {dims} dims, got {groups!r}."
         )
@@ -69,7 +70,13 @@ def _draw(channels: int, dims: int) -> Tensor:
 
 @functools.lru_cache(maxsize=16)  # the same few at every layer
 def _drawn(channels: int, dims: int) -> Tensor:
-    with torch.inference_mode(False):  # or no later pass could save it for its backward
-        generator = torch.Generator().manual_seed(0)
-        draw = torch.randn(channels, dims, generator=generator, device="cpu")
-        return draw * channels**-0.5  # of the size of one channel: half precision holds it
+    # What a first call runs under (inference mode, vmap, a trace with fake tensors) would cling to
+    # the draw of all later ones. A thread of its own is under none of it.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_normal, channels, dims).result()
+
+
+def _normal(channels: int, dims: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.randn(channels, dims, generator=generator, device="cpu", dtype=torch.float32)
+    return draw * channels**-0.5  # of the size of one channel: half precision holds it

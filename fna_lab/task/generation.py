@@ -66,7 +66,8 @@ class Generation(Task):
             )
         if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
             raise ValueError(f"task.num_steps={num_steps!r}: expected an integer >= 1.")
-        if isinstance(guidance, bool) or not 1 <= guidance < float("inf"):
+        number = isinstance(guidance, int | float) and not isinstance(guidance, bool)
+        if not number or not 1 <= guidance < float("inf"):
             raise ValueError(f"task.guidance={guidance!r}: expected a number >= 1.")
         if isinstance(pictures, bool) or not isinstance(pictures, int) or pictures < 1:
             raise ValueError(f"task.pictures={pictures!r}: expected an integer >= 1.")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.attn.landmarks.base import LandmarkSampler, check_count
 
 
 class FarthestPointLandmarks(LandmarkSampler):
@@ -18,12 +18,12 @@ class FarthestPointLandmarks(LandmarkSampler):
             None = one by one, exactly.
 
     Raises:
-        ValueError: `block` is not positive.
+        ValueError: `sketch` or `block` is not positive.
     """
 
     def __init__(self, *, sketch: int | None = None, block: int | None = None) -> None:
-        if block is not None and block < 1:
-            raise ValueError(f"attn.landmarks.block={block}: expected an integer >= 1, or null.")
+        check_count("sketch", sketch)
+        check_count("block", block)
         self.sketch = sketch
         self.block = block
 

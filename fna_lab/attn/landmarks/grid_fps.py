@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.attn.landmarks.base import LandmarkSampler, check_count
 
 
 class GridFarthestPointLandmarks(LandmarkSampler):
@@ -19,12 +19,13 @@ class GridFarthestPointLandmarks(LandmarkSampler):
         sketch: dimensions of the random projection for the farthest points; None = no projection.
 
     Raises:
-        ValueError: `share` lies outside 0 to 1.
+        ValueError: `share` lies outside 0 to 1, or `sketch` is not positive.
     """
 
     def __init__(self, *, share: float = 0.5, sketch: int | None = 64) -> None:
-        if not 0 <= share <= 1:
-            raise ValueError(f"attn.landmarks.share={share}: expected a number from 0 to 1.")
+        check_count("sketch", sketch)
+        if not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ValueError(f"attn.landmarks.share={share!r}: expected a number from 0 to 1.")
         self.share = share
         self.sketch = sketch
 

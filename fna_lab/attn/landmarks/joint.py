@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.attn.landmarks.base import LandmarkSampler, check_count
 
 
 class JointLandmarks(LandmarkSampler):
@@ -21,7 +21,7 @@ class JointLandmarks(LandmarkSampler):
         block: take so many at a time (`ops.spread_points`).
 
     Raises:
-        ValueError: `text` is negative, or `block` is not positive.
+        ValueError: `text` is negative, or `sketch` or `block` is not positive.
     """
 
     def __init__(self, *, text: int = 256, sketch: int | None = 64, block: int = 32) -> None:
@@ -29,6 +29,7 @@ class JointLandmarks(LandmarkSampler):
             raise ValueError(f"attn.landmarks.text={text!r}: expected an integer >= 0.")
         if isinstance(block, bool) or not isinstance(block, int) or block < 1:
             raise ValueError(f"attn.landmarks.block={block!r}: expected an integer >= 1.")
+        check_count("sketch", sketch)
         self.text = text
         self.sketch = sketch
         self.block = block

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.attn.landmarks.base import LandmarkSampler, check_count
 
 
 class KMeansLandmarks(LandmarkSampler):
@@ -15,11 +15,15 @@ class KMeansLandmarks(LandmarkSampler):
     Args:
         steps: Lloyd steps.
         sketch: project the features to so many random dimensions first; None keeps them all.
+
+    Raises:
+        ValueError: `steps` is negative, or `sketch` is not positive.
     """
 
     def __init__(self, *, steps: int = 3, sketch: int | None = 32) -> None:
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"attn.landmarks.steps={steps!r}: expected an integer >= 0.")
+        check_count("sketch", sketch)
         self.steps = steps
         self.sketch = sketch
 
