@@ -118,8 +118,10 @@ def test_heads_are_the_backbones_where_none_are_set(tmp_path: Path) -> None:
         (["task.masks=[type3]"], "task.masks=['type3']: expected a list of type1-mask"),
         (["task.heads=0"], "task.heads=0: expected an integer >= 1"),
         (["task.seconds=0"], "task.seconds=0: expected a number > 0"),
+        (["task.seconds=nan"], "task.seconds=nan: expected a number > 0"),
         (["task.variants=[]"], "task.variants=[]: expected a list of names"),
         (["task.variants=[nonsense]"], "task.variants=nonsense: there is no such variant; known"),
+        (["task.variants=[reduced]"], "task.variants=reduced: there is no such variant; known"),
         (["task.part=selection", "task.samplers=[nonsense]"], "task.samplers=nonsense: there is"),
         (["task.part=selection", "task.samplers=[attention]"], "task.samplers=attention: it samp"),
         (

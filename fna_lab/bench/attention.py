@@ -179,10 +179,9 @@ def chosen_variants(settings: Settings, say: Say) -> list[str]:
 def _is_variant(stem: str) -> bool:
     """Whether a file of `fna_lab.attn` holds a variant, and no part that variants share."""
     module = importlib.import_module(f"fna_lab.attn.{stem}")
-    own = (
-        cls for cls in vars(module).values() if getattr(cls, "__module__", "") == module.__name__
-    )
-    return any(inspect.isclass(cls) and issubclass(cls, AttentionVariant) for cls in own)
+    own = (cls for _, cls in inspect.getmembers(module, inspect.isclass))
+    own = (cls for cls in own if cls.__module__ == module.__name__ and not inspect.isabstract(cls))
+    return any(issubclass(cls, AttentionVariant) for cls in own)
 
 
 def named_variant(name: str, landmarks: int) -> AttentionVariant:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -82,7 +83,8 @@ class Settings:
                 raise ValueError(f"{self.named(name, value)}: expected {wanted}.")
         for name in ("slowest", "seconds"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 < value < math.inf:
                 raise ValueError(f"{self.named(name, value)}: expected a number > 0.")
         for name, known in (("dtype", DTYPES), ("masks", MASKS)):
             value = getattr(self, name)
