@@ -185,3 +185,12 @@ def test_class_counts_count_repeats_once_and_know_what_is_not_there() -> None:
     torch.testing.assert_close(found, wanted, equal_nan=True)
     heads = torch.tensor([[[0, 1], [4, 5]], [[0, 1], [2, 2]]])
     torch.testing.assert_close(class_counts(heads, members)[:, 1], torch.tensor([1.0, 1.5]))
+
+
+def test_class_counts_do_not_mind_the_default_float() -> None:
+    picks, members = torch.tensor([[0, 1, 1, 4]]), torch.ones(1, 6, 1, dtype=torch.bool)
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning does with precision=bf16-true
+    try:
+        assert class_counts(picks, members).item() == 3
+    finally:
+        torch.set_default_dtype(torch.float32)

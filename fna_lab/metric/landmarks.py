@@ -90,8 +90,9 @@ def class_counts(picks: Tensor, members: Tensor) -> Tensor:
         `[b k]`, NaN where the picture has no token of the class.
     """
     heads = picks if picks.ndim == 3 else picks[:, None]
-    taken = torch.zeros((*heads.shape[:2], members.shape[1]), device=picks.device)
-    taken = taken.scatter_(2, heads, 1.0)
+    # float32 whatever Lightning's precision has made the default.
+    shape = (*heads.shape[:2], members.shape[1])
+    taken = torch.zeros(shape, device=picks.device, dtype=torch.float32).scatter_(2, heads, 1.0)
     counts = (taken @ members.float()).mean(1)
     return counts.masked_fill(~members.any(1), torch.nan)
 
