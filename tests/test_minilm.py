@@ -161,7 +161,7 @@ def test_reports_speak_of_sentences(
     assert sum("3 sentences of sentences" in text for text in said) > 5
     show(record, make_console())
     said.append(capsys.readouterr().out)
-    assert "3 sentences a batch" in said[-1]
+    assert "3 sentences a batch" in said[-1] and "GFLOP a sentence" in said[-1]
     assert not [text for text in said if "picture" in text]
 
 

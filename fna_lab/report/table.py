@@ -167,8 +167,8 @@ def _layers(measure: str, layered: Mapping[str, Mapping[str, float]]) -> Group:
     return Group(*parts)
 
 
-def _cost(cost: Mapping[str, Any], unit: str) -> Table:
-    title = f"cost, {cost['batch']} {unit} a batch, median of {cost['rounds']:.0f} rounds"
+def _cost(cost: Mapping[str, Any], of: str) -> Table:
+    title = f"cost, {cost['batch']} {of} a batch, median of {cost['rounds']:.0f} rounds"
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     for name in ("", "exact", "this run", "ratio"):
         table.add_column(name, justify="right" if name else "left")
@@ -177,7 +177,7 @@ def _cost(cost: Mapping[str, Any], unit: str) -> Table:
         ratio = f"{exact / found:.2f}x" if found > 0 and exact > 0 else ""
         table.add_row(f"{label} ({unit})", f"{exact:.1f}", f"{found:.1f}", ratio)
     exact, found = cost["exact_attention_gflops"], cost["attention_gflops"]
-    label = f"attention of the blocks (GFLOP a {unit[:-1]})"
+    label = f"attention of the blocks (GFLOP a {of[:-1]})"
     table.add_row(label, f"{exact:.3f}", f"{found:.3f}", f"{exact / found:.2f}x")
     even = cost["break_even_tokens"]
     text = "never" if even is None else f"{even:.0f}"
