@@ -17,6 +17,7 @@ from fna_lab.ops.nystrom import (
     only_keys,
     token_table,
 )
+from fna_lab.ops.spread import gather_rows
 
 
 def nearest_landmarks(
@@ -47,7 +48,7 @@ def nearest_landmarks(
     if allowed is not None:
         check_bool("allowed", allowed, tuple(points.shape[:2]))
     points = points.to(torch.promote_types(points.dtype, torch.float32))
-    marks = points.gather(1, landmarks[..., None].expand(-1, -1, points.shape[2]))
+    marks = gather_rows(points, landmarks)
     # |x|^2 is the same for all landmarks.
     square = marks.square().sum(-1)[:, None]
     members = torch.baddbmm(square, points, marks.mT, alpha=-2).argmin(2)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fna_lab.ops.checks import check_bool, check_float
 from fna_lab.ops.points import farthest_points
+from fna_lab.ops.spread import gather_rows
 
 # Random dimensions in which the samples of a Nystroem approximation are spread out.
 SKETCH = 32
@@ -249,7 +250,7 @@ def _exact(x: Tensor, scale: Tensor, allowed: Tensor) -> Parts:
 
 def _sampled(x: Tensor, scale: Tensor, allowed: Tensor, chosen: Tensor) -> Parts:
     """The same of C A^+ C', where A are the affinities of the chosen tokens, long `[b m]`."""
-    anchors = x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))
+    anchors = gather_rows(x, chosen)
     there = allowed.gather(1, chosen)
     factor = _affinity(x, anchors, scale, allowed, there)
     factor = factor @ _half_inverse(_affinity(anchors, anchors, scale, there, there))

@@ -9,6 +9,7 @@ from torch import Tensor
 from fna_lab.ops.checks import check_bool, check_float, check_index
 from fna_lab.ops.kernels.switch import use_kernels
 from fna_lab.ops.sketch import sketch_points
+from fna_lab.ops.spread import gather_rows
 
 
 def farthest_points(
@@ -194,7 +195,7 @@ def coverage_radius(points: Tensor, picks: Tensor, allowed: Tensor | None = None
     if len(picks) != len(points):
         raise ValueError(f"Expected picks of {len(points)} pictures, got {len(picks)}.")
     points = points.to(torch.promote_types(points.dtype, torch.float32))
-    taken = points.gather(1, picks[..., None].expand(-1, -1, points.shape[2]))
+    taken = gather_rows(points, picks)
     distance = torch.cdist(points, taken).amin(2)
     if allowed is not None:
         check_bool("allowed", allowed, points.shape[:2])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.attn.landmarks.base import LandmarkSampler, check_count
 
 
 class NcutLandmarks(LandmarkSampler):
@@ -27,8 +27,7 @@ class NcutLandmarks(LandmarkSampler):
     """
 
     def __init__(self, *, samples: int | None = 256, steps: int = 30) -> None:
-        if samples is not None and (type(samples) is not int or samples < 1):
-            raise ValueError(f"attn.landmarks.samples={samples!r}: expected an integer >= 1.")
+        check_count("samples", samples)
         if type(steps) is not int or steps < 0:
             raise ValueError(f"attn.landmarks.steps={steps!r}: expected an integer >= 0.")
         self.samples = samples
