@@ -23,7 +23,7 @@ def run(variant, tokens=37, dtype=torch.float64, mask=None):
 
 
 @pytest.mark.parametrize("source", ["input", "normed", "q", "k", "qk"])
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [0.3, 1, 2])
 @pytest.mark.parametrize("sketch", [None, 5])
 def test_every_token_a_landmark_is_exact_attention(source, rows, sketch):
     variant = FastNystromAttention(
@@ -32,7 +32,7 @@ def test_every_token_a_landmark_is_exact_attention(source, rows, sketch):
     torch.testing.assert_close(*run(variant))
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [0.5, 1, 3])
 def test_every_kept_token_a_landmark_is_exact_under_padding(rows):
     mask = (torch.arange(37) < 20).expand(2, 1, 1, -1)
     variant = FastNystromAttention(num_landmarks=25, rows=rows, solver=PinvSolver())
@@ -47,7 +47,18 @@ def test_more_rows_are_closer(masked):
         out, exact = run(FastNystromAttention(num_landmarks=12, rows=rows), mask=mask)
         return (out - exact).norm()
 
-    assert error(3) < error(1)
+    assert error(3) < error(1) < error(0.5) < error(0.1)
+
+
+def test_half_the_landmarks_are_fitted_where_the_solver_can():
+    assert FastNystromAttention().rows == 0.5
+    assert FastNystromAttention(solver=NewtonSchulzSolver()).rows == 1
+    assert FastNystromAttention(clusters=False).rows == 1
+    marks = torch.arange(20).expand(2, -1)
+    for rows, found in ((0.5, [0, 2, 4]), (0.3, [0, 3, 6]), (0.01, [0])):
+        fitted = FastNystromAttention(rows=rows)._fitted(marks, None, 40)
+        assert fitted is not None and fitted[1, :3].tolist() == found
+        assert fitted.shape[1] == max(1, round(20 * rows))
 
 
 def test_without_clusters_it_is_the_plain_chain(monkeypatch):
@@ -70,9 +81,10 @@ def test_without_clusters_it_is_the_plain_chain(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (dict(rows=0), "attn.rows=0: expected an integer >= 1"),
-        (dict(rows=2, clusters=False), "attn.rows=2: expected 1 with attn.clusters=false"),
+        (dict(rows=0), "attn.rows=0: expected a number > 0"),
+        (dict(rows=2, clusters=False), "attn.rows=2: expected 1 or null with attn.clusters=false"),
         (dict(rows=2, solver=NewtonSchulzSolver()), "attn.rows=2: .* use attn/solver=ridge"),
+        (dict(rows="half"), "attn.rows='half': expected a number > 0"),
         (dict(sketch=0), "attn.sketch=0: expected"),
     ],
 )
@@ -87,5 +99,6 @@ def test_cost_grows_with_rows():
         return variant.flops(1370, heads=6, head_dim=64, channels=384, layers=6)
 
     thin = 6 * ops.subset_flops(1370, 6, 64, 64)
-    assert thin < flops(rows=2) - flops() < 1.1 * thin
+    assert thin < flops(rows=2) - flops(rows=1) < 1.1 * thin
+    assert 0.5 * thin < flops(rows=1) - flops() < 0.6 * thin
     assert 2 * thin < flops() < 4 * thin

@@ -121,7 +121,8 @@ class LandmarkSampler(ABC):
                 f"attn/landmarks={name} needs the patch grid, which this host does not show; "
                 f"use attn/landmarks={instead}."
             )
-        cells = guaranteed.new_tensor(ops.grid_cells(grid, num)) + num_prefix_tokens
+        cells = [num_prefix_tokens + cell for cell in ops.grid_cells(grid, num)]
+        cells = torch.tensor(cells, dtype=torch.long, device=guaranteed.device)
         return torch.cat([guaranteed, cells.expand(guaranteed.shape[0], -1)], dim=1)
 
     def flops(self, tokens: int, channels: int, num: int) -> int:  # noqa: ARG002
