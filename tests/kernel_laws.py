@@ -243,6 +243,18 @@ def test_clustered_attention_is_that_of_torch(monkeypatch, served, per_head, mas
     assert served == {"attend_few": 1, "attend_to_few": 1}
 
 
+def test_nystrom_attention_with_landmarks_of_each_head_is_that_of_torch(monkeypatch, served):
+    q, k, v = projection(2, 3, 205, 24, torch.float32)
+    marks, _ = clusters(2, 3, 205, 17, True)
+
+    def call():
+        return ops.nystrom_attention(q, k, v, marks, solver="ridge", distinct=False)
+
+    out = call()
+    assert served == {"attend_few": 1, "attend_to_few": 1}
+    torch.testing.assert_close(out, torch_path(monkeypatch, call), rtol=1e-4, atol=1e-4)
+
+
 def test_clustered_attention_in_bfloat16_is_as_close_as_that_of_torch(monkeypatch):
     q, k, v = projection(1, 2, 300, 32, torch.bfloat16)
     marks, members = clusters(1, 2, 300, 16, False)
@@ -253,6 +265,7 @@ def test_clustered_attention_in_bfloat16_is_as_close_as_that_of_torch(monkeypatc
         ).double()
 
     exact = call(q.double(), k.double(), v.double())
+    # Triton's interpreter cuts bfloat16 off where a GPU rounds.
     error = (call(q, k, v) - exact).norm()
     assert error < 2 * (torch_path(monkeypatch, lambda: call(q, k, v)) - exact).norm()
 
@@ -335,9 +348,16 @@ def test_compiled_without_graph_breaks():
         marks = ops.farthest_points(x, 12, repeats=0)
         return ops.nystrom_attention(q, k, v, marks, exact_rows=1)
 
-    torch._dynamo.reset()
-    found = torch.compile(run, fullgraph=True, backend="aot_eager")(q, k, v, x)
-    torch.testing.assert_close(found, run(q, k, v, x), rtol=1e-5, atol=1e-5)
+    def run_clusters(q, k, v, x):
+        first = torch.zeros(2, 3, dtype=torch.long, device=x.device)
+        marks = ops.spread_points(x, 12, first=first, repeats=2)
+        members = ops.nearest_landmarks(x, marks)
+        return ops.clustered_attention(q, k, v, marks, members, ops.ridge_solve, exact_rows=1)
+
+    for call in (run, run_clusters):
+        torch._dynamo.reset()
+        found = torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v, x)
+        torch.testing.assert_close(found, call(q, k, v, x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["_attend_few", "_attend_to_few"])

@@ -6,6 +6,8 @@ They are used where all of this holds; everything else takes the torch path, whi
   Triton's interpreter on (`TRITON_INTERPRET=1`, for tests: it is slow);
 - Triton can be imported (PyTorch for CUDA brings it along on Linux);
 - no gradient is asked for;
+- a mask is alike for all queries: which keys may be attended to, or a bias of each key, as the
+  sizes of clusters are (`chain_products`);
 - the environment variable `FNA_LAB_TRITON` is not `0`. It is read at every call (a graph of
   `torch.compile` keeps the path that it was traced with).
 
