@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fna_lab import ops
 from fna_lab.attn.base import Context
-from fna_lab.attn.classes import prefix_tokens
 from fna_lab.attn.guard import Guard
 from fna_lab.attn.landmarks.base import HEAD_SOURCES, LandmarkSampler, source_points
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
@@ -176,14 +175,10 @@ class FastNystromAttention(LandmarkAttention):
 
     def _distinct(self, keys: Tensor | None, context: Context) -> bool:
         """Whether no landmark can repeat among keys bool `[b n]`, as far as the host knows."""
-        if self.may_repeat or keys is None:
-            return not self.may_repeat
-        removal = context.removal
-        # Under `torch.compile` the largest number of removed tokens is not known.
-        if removal is None or context.attn_mask is not None or torch.compiler.is_compiling():
-            return False
-        left = keys.shape[1] - removal.rows.shape[1] - len(prefix_tokens(self.exclude, context))
-        return left >= self.landmarks_at(context.layer, context.nth)
+        barred = self.barred(keys, context)
+        if barred is None or keys is None:
+            return barred is not None
+        return keys.shape[1] - barred >= self.landmarks_at(context.layer, context.nth)
 
     def layer_flops(self, tokens: int, heads: int, head_dim: int) -> int:
         """FLOPs of the attention of one picture at one layer, without selection."""

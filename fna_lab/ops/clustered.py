@@ -204,7 +204,7 @@ def clustered_attention(
         solver,
         scale=default_scale(q) if scale is None else scale,
         rows=seen,
-        columns=columns.to(q.dtype),
+        columns=columns,
         corner=corner,
         dead=dead,
         gone=None if dead is None or rows is None else repeated_landmarks(rows),

@@ -181,6 +181,9 @@ def nystrom_chain(
             prior = prior.to(wide)
             solved = prior + solve(kernel, gathered - kernel @ prior)
         solved = solved.to(v.dtype).contiguous()
+    plain = spread is F.scaled_dot_product_attention and q.device.type != "cpu"
+    if plain and columns is not None and columns.is_floating_point():
+        columns = columns.to(q.dtype)  # elsewhere a wider bias is closer, and costs nothing
     return spread(q, k_marks, solved, attn_mask=columns, scale=scale), exact
 
 

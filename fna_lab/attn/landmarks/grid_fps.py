@@ -56,6 +56,7 @@ class GridFarthestPointLandmarks(LandmarkSampler):
             num,
             first=first,
             allowed=allowed,
+            barred=self.barred,
             sketch=self.sketch,
             # A guaranteed patch token may lie on a cell of the grid.
             repeats=max(0, guaranteed.shape[1] - num_prefix_tokens),
