@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from fna_lab import ops
 
@@ -25,72 +26,160 @@ def radius(points, picks):
 
 
 @pytest.mark.parametrize("repeats", [None, 0])
-def test_one_at_a_time_they_are_farthest_points(repeats):
+@pytest.mark.parametrize("thin", [False, True])
+def test_one_at_a_time_they_are_farthest_points(repeats, thin):
     points, first = random_points(), random_first()
     wanted = ops.farthest_points(points, 20, first=first)
     assert torch.equal(
-        ops.spread_points(points, 20, first=first, repeats=repeats, block=1), wanted
+        ops.spread_points(points, 20, first=first, repeats=repeats, block=1, thin=thin), wanted
     )
-    alone = ops.spread_points(points, 20, block=1, candidates=1)
+    alone = ops.spread_points(points, 20, block=1, candidates=1, thin=thin)
     assert torch.equal(alone, ops.farthest_points(points, 20))
+    many = random_points(size=700)  # so many that others would be left out
+    alone = ops.spread_points(many, 9, block=1, candidates=4, thin=thin)
+    assert torch.equal(alone, ops.farthest_points(many, 9))
 
 
 @pytest.mark.parametrize("allowed", [None, torch.ones(1, 60, dtype=torch.bool)])
-def test_a_repeat_gives_way_in_its_own_picture_alone(allowed):
+@pytest.mark.parametrize("thin", [False, True])
+def test_a_repeat_gives_way_in_its_own_picture_alone(allowed, thin):
     points, first = random_points(), random_first()
-    plain = ops.spread_points(points, 20, first=first, repeats=1, block=1)
+    plain = ops.spread_points(points, 20, first=first, repeats=1, block=1, thin=thin)
     first[1, 5] = first[1, 2]
     allowed = None if allowed is None else allowed.expand(3, -1)
-    found = ops.spread_points(points, 20, first=first, repeats=1, block=1, allowed=allowed)
+    found = ops.spread_points(
+        points, 20, first=first, repeats=1, block=1, allowed=allowed, thin=thin
+    )
     assert torch.equal(found[0], plain[0]) and torch.equal(found[2], plain[2])
     assert len(set(found[1].tolist())) == 20 and set(first[1].tolist()) < set(found[1].tolist())
-    assert torch.equal(found[1], ops.spread_points(points[1:2], 20, first=first[1:2], block=1)[0])
+    alone = ops.spread_points(points[1:2], 20, first=first[1:2], block=1, thin=thin)
+    assert torch.equal(found[1], alone[0])
 
 
 @pytest.mark.parametrize("block", [1, 4, 16])
-def test_points_that_are_not_allowed_are_never_taken(block):
+@pytest.mark.parametrize("thin", [False, True])
+def test_points_that_are_not_allowed_are_never_taken(block, thin):
     points, first = random_points(), random_first()
     allowed = torch.arange(60).expand(3, -1) % 3 == 1
-    picks = ops.spread_points(points, 15, first=first, allowed=allowed, block=block)
+    picks = ops.spread_points(points, 15, first=first, allowed=allowed, block=block, thin=thin)
     assert (picks % 3 == 1).all() and all(len(set(row)) == 15 for row in picks.tolist())
     kept = allowed.gather(1, first)
     assert torch.equal(picks[:, :9][kept], first[kept])
 
 
 @pytest.mark.parametrize("block", [1, 16])
-def test_with_fewer_allowed_points_than_asked_for_picks_repeat(block):
+@pytest.mark.parametrize("thin", [False, True])
+def test_with_fewer_allowed_points_than_asked_for_picks_repeat(block, thin):
     allowed = torch.arange(60).expand(3, -1) < 5
-    picks = ops.spread_points(random_points(), 20, allowed=allowed, block=block)
+    picks = ops.spread_points(random_points(), 20, allowed=allowed, block=block, thin=thin)
     assert all(set(row) == {0, 1, 2, 3, 4} for row in picks.tolist())
+
+
+@pytest.mark.parametrize("promised", [False, True])
+@pytest.mark.parametrize("which", ["bare", "given", "repeats", "barred", "all but few barred"])
+def test_half_of_a_sample_keeps_every_promise(which, promised):
+    """Lists so long that a sample is drawn and others are left out, beside all that is given."""
+    points = random_points(size=700)
+    first, allowed, repeats, barred = None, None, 0, None
+    if which != "bare":
+        first = random_first(size=700, given=3)
+    if which == "repeats":
+        assert first is not None
+        first[1, 2], repeats = first[1, 0], 1
+    if which in ("barred", "all but few barred"):
+        allowed = torch.ones(3, 700, dtype=torch.bool)
+        allowed[:, : 300 if which == "barred" else 660] = False
+        assert first is not None
+        allowed[0, first[0, 1]] = False
+        barred = 301 if which == "barred" else 661
+    if which == "barred":  # few enough that the sample holds others
+        allowed = torch.ones(3, 700, dtype=torch.bool)
+        allowed[:, ::40] = False
+        assert first is not None
+        allowed[0, first[0, 1]] = False
+        barred = 19
+    promises = {"repeats": repeats, "barred": barred} if promised else {}
+    picks = ops.spread_points(points, 21, first=first, allowed=allowed, thin=True, **promises)
+    assert all(len(set(row)) == 21 for row in picks.tolist())
+    assert allowed is None or allowed.gather(1, picks).all()
+    if first is not None:
+        good = ~(first[:, :, None] == first[:, None]).tril(-1).any(2)
+        good &= good if allowed is None else allowed.gather(1, first)
+        assert torch.equal(picks[:, :3][good], first[good])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [0.0, 1e-4, 1.0, 1e4])
 @pytest.mark.parametrize("sketch", [None, 8])
-def test_points_are_distinct_whatever_their_size(dtype, size, sketch):
+@pytest.mark.parametrize("thin", [False, True])
+def test_points_are_distinct_whatever_their_size(dtype, size, sketch, thin):
     points = (size * random_points(channels=16)).to(dtype)
-    for num in (1, 10, 60):
-        picks = ops.spread_points(points, num, sketch=sketch)
+    for num in (1, 2, 3, 10, 60):
+        picks = ops.spread_points(points, num, sketch=sketch, thin=thin)
         assert all(len(set(row)) == num for row in picks.tolist())
 
 
-def test_blocks_cover_nearly_as_well_as_farthest_points():
+def test_half_of_a_sample_is_distinct_where_all_points_are_one():
+    for value in (0.0, 1.0, 3e4):
+        picks = ops.spread_points(torch.full((2, 700, 40), value), 30, thin=True)
+        assert all(len(set(row)) == 30 for row in picks.tolist())
+
+
+def test_half_of_a_sample_covers_what_the_sample_misses():
+    # Constructed: a few tokens far out, each on its own, among 2,000 that are nearly alike.
+    generator = torch.Generator().manual_seed(0)
+    points = 0.1 * torch.randn(1, 2000, 48, generator=generator)
+    alone = torch.randperm(1999, generator=generator)[:20] + 1
+    points[0, alone] += 9 * torch.eye(48)[:20]
+    picks = ops.spread_points(points, 64, block=16, candidates=64, thin=True)
+    assert set(alone.tolist()) < set(picks[0].tolist())
+
+
+@pytest.mark.parametrize("width", [37, 77, 96])
+def test_half_of_a_sample_covers_pictures_of_any_width(width):
+    """Synthetic smooth pictures; evenly spaced places of 77 in a row would be two columns."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(4, 24, 9, 9, generator=generator)
+    points = F.interpolate(coarse, size=(width, width), mode="bicubic").flatten(2).mT
+    noise = torch.randn(4, width * width + 1, 24, generator=generator)
+    points = F.pad(points, (0, 0, 1, 0)) + 0.05 * noise
+    exact = radius(points, ops.farthest_points(points, 64))
+    picks = ops.spread_points(points, 64, block=8, candidates=64, thin=True)
+    assert (radius(points, picks) < 1.03 * exact).all()
+
+
+@pytest.mark.parametrize("thin", [False, True])
+def test_blocks_cover_nearly_as_well_as_farthest_points(thin):
     # Synthetic: many tokens alike, few clusters far out, as in pictures.
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(40, 32, generator=generator) * torch.rand(40, 1, generator=generator) * 9
     member = torch.randint(40, (4, 2000), generator=generator)
     points = centres[member] + torch.randn(4, 2000, 32, generator=generator)
     exact = radius(points, ops.farthest_points(points, 64))
-    assert (radius(points, ops.spread_points(points, 64)) < 1.04 * exact).all()
+    bound = 1.06 if thin else 1.04  # clusters of equal chance are harder than pictures for `thin`
+    assert (radius(points, ops.spread_points(points, 64, thin=thin)) < bound * exact).all()
     random = torch.randperm(2000, generator=generator)[:64].expand(4, -1)
     assert (radius(points, random) > 1.2 * exact).all()  # so the bound above says something
 
 
-def test_no_picture_sees_its_mates():
-    points, first = random_points(batch=4), random_first(batch=4)
-    together = ops.spread_points(points, 30, first=first)
-    alone = [ops.spread_points(points[i : i + 1], 30, first=first[i : i + 1]) for i in range(4)]
+@pytest.mark.parametrize(
+    ("thin", "size", "given"), [(False, 60, 9), (True, 60, 9), (True, 700, 3), (True, 700, 0)]
+)
+def test_no_picture_sees_its_mates(thin, size, given):
+    points, first = random_points(batch=4, size=size), random_first(4, size, given)
+    together = ops.spread_points(points, 30, first=first, thin=thin)
+    alone = [
+        ops.spread_points(points[i : i + 1], 30, first=first[i : i + 1], thin=thin)
+        for i in range(4)
+    ]
     assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("thin", [False, True])
+def test_points_that_learn_are_chosen_as_others_are(thin):
+    points = random_points(size=700)
+    found = ops.spread_points(points.clone().requires_grad_(), 20, thin=thin)
+    assert torch.equal(found, ops.spread_points(points, 20, thin=thin))
 
 
 def test_the_sketch_of_normed_points_is_the_sketch_of_what_layer_norm_gives():
@@ -146,13 +235,14 @@ def test_groups_that_do_not_fit_are_named(groups, normed):
         ops.sketch_points(torch.randn(1, 6, 8), 4, groups=groups, normed=normed)
 
 
-def test_nothing_breaks_the_graph_of_a_compiled_call():
+@pytest.mark.parametrize(("thin", "size"), [(False, 60), (True, 60), (True, 700)])
+def test_nothing_breaks_the_graph_of_a_compiled_call(thin, size):
     def run(points, first, allowed):
-        return ops.spread_points(points, 20, first=first, allowed=allowed)
+        return ops.spread_points(points, 20, first=first, allowed=allowed, barred=0, thin=thin)
 
-    points, first = random_points(), random_first()
-    allowed = torch.ones(3, 60, dtype=torch.bool)
-    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    points, first = random_points(size=size), random_first(size=size, given=3)
+    allowed = torch.ones(3, size, dtype=torch.bool)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(points, first, allowed), run(points, first, allowed))
 
 
@@ -200,3 +290,12 @@ def test_the_draw_is_the_same_whatever_the_first_call_runs_under(no_draw_yet, fi
     found = ops.sketch_points(again, 4)
     found.sum().backward()
     torch.testing.assert_close(found.detach(), wanted)
+
+
+@pytest.mark.parametrize(("size", "num"), [(197, 64), (1370, 64), (5477, 64), (1370, 128)])
+def test_the_flops_of_half_of_a_sample_are_those_that_torch_counts(size, num):
+    points = random_points(batch=1, size=size, channels=48)
+    with FlopCounterMode(display=False) as counter:
+        ops.spread_points(points, num, block=16, candidates=64, thin=True)
+    told = ops.spread_points_flops(size, 48, num, None, thin=True)
+    assert told == pytest.approx(counter.get_total_flops(), rel=0.1)

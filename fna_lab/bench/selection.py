@@ -21,7 +21,7 @@ from fna_lab.bench.progress import Say, follow
 from fna_lab.bench.settings import Settings
 from fna_lab.metric import cost
 
-SAMPLERS = ("grid_fps", "fps", "fps:block=8", "kmeans", "grid", "random", "segment", "leverage")
+SAMPLERS = ("grid_fps", "fps", "fps:block=16", "kmeans", "grid", "random", "segment", "leverage")
 
 
 def bench_selection(
@@ -31,9 +31,9 @@ def bench_selection(
 
     `coverage` is the radius of what it takes (largest distance of a point to the nearest one
     taken, in all dimensions) in radii of exact farthest points that begin with CLS; the mean over
-    pictures. `farthest` is the share of picks that exact farthest points take, too. The project's
-    samplers normalise their points themselves, and that is in their time; the public ones get
-    normalised points.
+    pictures. `farthest` is the share of picks that exact farthest points take, too. All samplers
+    get the same layer-normed points, and normalising them is in no time; a projection is in the
+    time of the sampler that has one.
 
     Args:
         settings: what is measured.
@@ -54,7 +54,7 @@ def bench_selection(
         )
     for case, x, grid in follow(list(cases), "selection", settings):
         normed = F.layer_norm(x, x.shape[-1:])
-        runs = {name: _run(make, x, normed, grid, num) for name, make in samplers}
+        runs = {name: _run(make, normed, grid, num) for name, make in samplers}
         with torch.no_grad():
             times = cost.latency(
                 {name: (run, None) for name, run in runs.items()},
@@ -103,14 +103,12 @@ def _sampler(name: str, said: str) -> LandmarkSampler | packages.Sampler:
     return found
 
 
-def _run(
-    sampler: Any, x: Tensor, normed: Tensor, grid: tuple[int, int], num: int
-) -> Callable[[], Tensor]:
+def _run(sampler: Any, points: Tensor, grid: tuple[int, int], num: int) -> Callable[[], Tensor]:
     if not isinstance(sampler, LandmarkSampler):
-        return lambda: sampler(normed, num)
-    cls = torch.zeros((x.shape[0], 1), dtype=torch.long, device=x.device)
+        return lambda: sampler(points, num)
+    cls = torch.zeros((points.shape[0], 1), dtype=torch.long, device=points.device)
     return lambda: sampler(
-        sampler.normed(x), num, guaranteed=cls, allowed=None, num_prefix_tokens=1, grid=grid
+        points, num, guaranteed=cls, allowed=None, num_prefix_tokens=1, grid=grid
     )
 
 

@@ -80,12 +80,23 @@ def farthest_points_flops(tokens: int, channels: int, landmarks: int) -> int:
     return 3 * tokens * channels * landmarks
 
 
-def spread_points_flops(tokens: int, channels: int, landmarks: int, sketch: int | None) -> int:
-    """`spread_points` of one picture: the projection, and one product a landmark."""
+def spread_points_flops(
+    tokens: int, channels: int, landmarks: int, sketch: int | None, *, thin: bool = False
+) -> int:
+    """`spread_points` of one picture: the projection, and one product a landmark.
+
+    With `thin` half the landmarks meet all tokens, and the sample meets itself; the rounds of the
+    other half are counted as half of that.
+    """
     _positive(tokens=tokens, channels=channels, landmarks=landmarks)
-    if sketch is None or sketch >= channels:
-        return 2 * tokens * channels * landmarks
-    return 2 * tokens * sketch * (channels + landmarks)
+    reduced = sketch is not None and sketch < channels
+    dims = sketch if reduced and sketch is not None else channels
+    project = 2 * tokens * channels * dims if reduced else 0
+    if not thin:
+        return project + 2 * tokens * dims * landmarks
+    half = -(-landmarks // 2)
+    sample = min(5 * half, tokens)
+    return project + 2 * dims * (tokens * half + 3 * sample**2 // 2)
 
 
 def break_even_tokens(

@@ -12,6 +12,9 @@ from fna_lab.ops.sketch import sketch_points
 
 # What stands in a list of distances for points that were taken, and that must not be.
 TAKEN, BARRED = -0.5, -1.0
+# Of `thin`: points of the sample for each that is taken from it; points kept for each that is
+# still to take, and at least one of so many. Fewer cost coverage, more only time.
+SAMPLED, KEPT, KEPT_ONE_OF = 5, 12, 8
 
 
 def spread_points(
@@ -25,15 +28,23 @@ def spread_points(
     barred: int | None = None,
     block: int = 8,
     candidates: int = 128,
+    thin: bool = False,
 ) -> Tensor:
     """Nearly `farthest_points`, several at a time and by matrix products: fast.
 
     A round looks at one candidate of each of many runs of neighbouring tokens, that which is
     farthest from the points already taken; and takes the `block` candidates that lie farthest
     both from those points and from every candidate that lies farther out. All points are then
-    measured against what the round took in one product. Distances are
-    |x|^2 - 2 x p + |p|^2: equal points are at 0 up to rounding, and ties go anywhere. Nothing is
-    copied to the host.
+    measured against what the round took in one product.
+
+    With `thin` the points are measured once. The first half of `num` are the farthest points of
+    a sample from all over the list. Only those that then lie farthest out are kept, for no other
+    can become the farthest one; and the second half comes from them in rounds, whose candidates
+    are the farthest of all, and which take the farthest candidate one by one. What is taken covers
+    the points nearly as well as exact farthest points.
+
+    Distances are |x|^2 - 2 x p + |p|^2: equal points are at 0 up to rounding, and ties go
+    anywhere. Nothing is copied to the host.
 
     Args:
         points: `[b n c]`.
@@ -48,8 +59,10 @@ def spread_points(
             None = no promise.
         barred: a promise that at most so many points are not allowed, which saves time; None = no
             promise.
-        block: most points that a round takes. 1 takes the farthest point each time.
+        block: most points that a round takes. 1 takes the farthest point each time, with `thin`
+            too, which then leaves no point out.
         candidates: most candidates of a round.
+        thin: half of a sample, half of what then lies farthest out.
 
     Returns:
         Indices, long `[b num]`; the given ones keep their places.
@@ -64,7 +77,7 @@ def spread_points(
             f"Expected 1 <= block <= candidates, got block={block}, candidates={candidates}."
         )
     first = _first(points, num, first, allowed)
-    points = _reduced(points, sketch)
+    points = _reduced(points.detach(), sketch)
     if points.dtype == torch.float32 and use_kernels(points):  # exact ones, and faster still
         from fna_lab.ops.kernels.points import farthest_points as on_chip
 
@@ -82,6 +95,11 @@ def spread_points(
             out = ~allowed.gather(1, first)
             lost |= out
     square = torch.linalg.vector_norm(points, dim=-1).square_()
+    barred = 0 if allowed is None else size if barred is None else barred
+    if thin:
+        more = num - given + spare
+        picks = _thinned(points, square, first, out, allowed, barred, more, block, candidates)
+        return _in_place(first, picks, lost, num)
     runs = min(candidates, size)
     length = -(-size // runs)
     # The squared distance to the nearest point taken.
@@ -90,7 +108,6 @@ def spread_points(
     if allowed is not None:
         distance.masked_fill_(~allowed, BARRED)
     # Enough runs hold a free point, whatever was taken before.
-    barred = 0 if allowed is None else size if barred is None else barred
     plenty = size - num - spare - barred >= min(block, runs) * length
     # Candidates come farthest first: which of them do not lie farther out than which.
     nearer = torch.ones((runs, runs), dtype=torch.bool, device=points.device).triu_()
@@ -105,13 +122,7 @@ def spread_points(
         if not plenty:
             took = _free(distance, took)
         picks.append(took)
-    if lost is None:
-        return torch.cat(picks, dim=1)
-    # The last picks take the places of the given points that fell out.
-    more = torch.cat(picks[1:], dim=1)
-    place = (lost.cumsum(1) + (num - given - 1)).clamp_(min=0)
-    first = torch.where(lost, more.gather(1, place), first)
-    return torch.cat([first, more[:, : num - given]], dim=1)
+    return _in_place(first, picks[1:], lost, num)
 
 
 def _first(points: Tensor, num: int, first: Tensor | None, allowed: Tensor | None) -> Tensor:
@@ -150,6 +161,107 @@ def _counts(sure: int, spare: int, block: int, runs: int) -> list[int]:
     counts = [sure // rounds + int(i < sure % rounds) for i in range(rounds)]
     counts[-1] += spare
     return counts
+
+
+def _in_place(first: Tensor, picks: list[Tensor], lost: Tensor | None, num: int) -> Tensor:
+    """The given points and the picks, of which the last take the places of those that fell out."""
+    if lost is None:
+        return torch.cat([first, *picks], dim=1)
+    more, own = torch.cat(picks, dim=1), num - first.shape[1]
+    place = (lost.cumsum(1) + (own - 1)).clamp_(min=0)
+    first = torch.where(lost, more.gather(1, place), first)
+    return torch.cat([first, more[:, :own]], dim=1)
+
+
+def _thinned(
+    points: Tensor,
+    square: Tensor,
+    first: Tensor,
+    out: Tensor | None,
+    allowed: Tensor | None,
+    barred: int,
+    more: int,
+    block: int,
+    candidates: int,
+) -> list[Tensor]:
+    """The next `more` points of `spread_points` with `thin`: several of long `[b count]`."""
+    batch, size, _ = points.shape
+    given = first.shape[1]
+    seeds = (given + more) // 2 - given if block > 1 else 0
+    sample = SAMPLED * seeds
+    taken, picks = first, []
+    # The sample holds enough free points, whatever was taken before.
+    if 0 < sample < size and sample - given - barred >= seeds:
+        index = _scattered(size, sample, points.device).expand(batch, -1)
+        again = index == first if given == 1 else (index[..., None] == first[:, None]).any(2)
+        index = torch.cat([first, index], dim=1)
+        apart = _apart(points, square, index)
+        near = apart[:, :given]
+        near = near if out is None else near.masked_fill(out[..., None], torch.inf)
+        far = near.amin(1)
+        far[:, :given] = TAKEN
+        far[:, given:].masked_fill_(again, TAKEN)
+        if allowed is not None:
+            far.masked_fill_(~allowed.gather(1, index), BARRED)
+        picks.append(index.gather(1, _in_turn(apart, far, seeds)))
+        taken = torch.cat([first, picks[0]], dim=1)
+        out = None if out is None else F.pad(out, (0, seeds))
+        more -= seeds
+    rows, own = gather_rows(points, taken), square.gather(1, taken)
+    distance = _nearest(points, square, rows, own, out).scatter_(1, taken, TAKEN)
+    if allowed is not None:
+        distance.masked_fill_(~allowed, BARRED)
+    kept = None
+    keep = max(KEPT * more, size // KEPT_ONE_OF)
+    if block > 1 and 2 * keep <= size:
+        distance, kept = distance.topk(keep, dim=1, sorted=False)
+        points, square = gather_rows(points, kept), square.gather(1, kept)
+    took = taken
+    for i, count in enumerate(_counts(more, 0, block, candidates)):
+        if i:
+            rows, own = gather_rows(points, took), square.gather(1, took)
+            closer = _nearest(points, square, rows, own).scatter_(1, took, TAKEN)
+            torch.minimum(distance, closer, out=distance)
+        # Free points come before those that are taken, and these before those that are barred.
+        far, index = distance.topk(min(candidates, points.shape[1]), dim=1, sorted=False)
+        took = index.gather(1, _in_turn(_apart(points, square, index), far, count))
+        picks.append(took if kept is None else kept.gather(1, took))
+    return picks
+
+
+def _scattered(size: int, num: int, device: torch.device) -> Tensor:
+    """One place of each of `num` runs, which fill a list of `size`: long `[num]`.
+
+    Where in its run looks like chance: with one place for all, runs half as long as a row of the
+    picture would give two columns of it.
+    """
+    run = torch.arange(num, device=device)
+    within = (run * run * 40503).bitwise_and_(0xFFFF).mul_(size // num)
+    return run.mul_(size).div_(num, rounding_mode="floor").add_(within.bitwise_right_shift_(16))
+
+
+def _apart(points: Tensor, square: Tensor, index: Tensor) -> Tensor:
+    """Squared distances between points `[b k]`, `TAKEN` from each to itself: `[b k k]`."""
+    chosen, own = gather_rows(points, index), square.gather(1, index)
+    apart = torch.baddbmm(own[:, None], chosen, chosen.mT, alpha=-2)
+    apart.add_(own[..., None]).clamp_(min=0).diagonal(dim1=1, dim2=2).fill_(TAKEN)
+    return apart
+
+
+def _in_turn(apart: Tensor, far: Tensor, count: int) -> Tensor:
+    """Farthest points by `_apart`, one by one: long `[b count]` of 0 to k - 1.
+
+    `far` `[b k]` is their distance to what is taken; it is written over.
+    """
+    batch, size = far.shape
+    rows, row = apart.flatten(0, 1), torch.empty_like(far)
+    start = torch.arange(0, batch * size, size, device=far.device) if batch > 1 else None
+    picks = [far.argmax(1)]
+    for _ in range(count - 1):
+        index = picks[-1] if start is None else picks[-1] + start
+        torch.index_select(rows, 0, index, out=row)
+        picks.append(far.clamp_(max=row).argmax(1))
+    return torch.cat(picks).view(count, batch).mT
 
 
 def _take(points: Tensor, square: Tensor, distance: Tensor, nearer: Tensor, count: int) -> Tensor:

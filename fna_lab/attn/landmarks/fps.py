@@ -14,8 +14,10 @@ class FarthestPointLandmarks(LandmarkSampler):
 
     Args:
         sketch: project the features to so many random dimensions first; None keeps them all.
-        block: take so many at a time (`ops.spread_points`), which is faster and nearly the same;
-            None = one by one, exactly.
+        block: take half of the landmarks from a sample, half from what then lies farthest out,
+            the latter so many at a time (`ops.spread_points` with `thin`): much faster, at nearly
+            the same coverage. A quarter of the landmarks is a good number, 16 for 64: fewer at a
+            time take longer, more cover less well. None = one by one from all tokens, exactly.
 
     Raises:
         ValueError: `sketch` or `block` is not positive.
@@ -58,11 +60,12 @@ class FarthestPointLandmarks(LandmarkSampler):
             barred=self.barred,
             sketch=self.sketch,
             block=self.block,
-            candidates=max(64, 2 * self.block),
+            candidates=max(64, 4 * self.block),
+            thin=True,
         )
 
     def flops(self, tokens: int, channels: int, num: int) -> int:
         """FLOPs of the farthest points of one picture."""
         if self.block is not None:
-            return ops.spread_points_flops(tokens, channels, num, self.sketch)
+            return ops.spread_points_flops(tokens, channels, num, self.sketch, thin=True)
         return ops.farthest_points_flops(tokens, min(channels, self.sketch or channels), num)
