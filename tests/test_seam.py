@@ -238,6 +238,20 @@ def test_compile_without_graph_breaks(attn):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("attn", ["fna", "subset"])
+@pytest.mark.parametrize("stage", ["mask", "sink"])
+def test_masks_compile_without_graph_breaks(attn, stage):
+    _, model, x = build("timm vit")
+    strategy = Type2Mask(stage=stage, detector=NormGapDetector(min_gap=0))
+    more = {"layers": "1-3", "mask_layers": "2-3", **settings(attn)}
+    with torch.no_grad(), fna_lab.patch(model, attn, strategy, **more):
+        eager = model.forward_features(x)
+        run = torch.compile(model.forward_features, backend="eager", fullgraph=True)
+        compiled = run(x)
+    torch.testing.assert_close(eager, compiled, rtol=1e-3, atol=1e-4)
+    torch._dynamo.reset()
+
+
 @every_variant
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_any_float_type_and_autocast(attn, dtype):

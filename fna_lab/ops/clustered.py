@@ -240,6 +240,7 @@ def clustered_attention(
         others = (logits + rest.log()).logsumexp(-1, keepdim=True)
     alone = scale * (asks * gather_tokens(k, rows)).sum(-1, keepdim=True)
     total = torch.logaddexp(alone, others)
+    now = now.masked_fill(whole == -torch.inf, 0)  # they see nothing but themselves
     right = now * (whole - total).exp() + gather_tokens(v, rows) * (alone - total).exp()
     return _put_rows(out, rows, torch.where(valid[:, None, :, None], right, now))
 
