@@ -74,11 +74,25 @@ def smoke(arguments: list[str], conf: Path) -> list[str]:
         return arguments  # Hydra says which experiments there are
     node = OmegaConf.load(path)
     more = OmegaConf.select(node, "smoke_overrides") or []
-    # A setting of an option that the user replaced may not exist; those of data all have.
-    gone = tuple(f"{key}." for key in said if "." not in key and key != "data")
-    mine = [text for text in more if text.split("=")[0] not in said and not text.startswith(gone)]
+    keys = {text: text.split("=")[0] for text in more}
+    # Settings of an option that smoke would have chosen itself are no use with another one.
+    gone = {*keys.values()} & {*said} - {"data"}
+    mine = [
+        text
+        for text, key in keys.items()
+        if key not in said and key.split(".")[0] not in gone and _fits(key, said, conf)
+    ]
     sweeps = OmegaConf.select(node, "hydra.mode") == "MULTIRUN"  # over what smoke names
     return [*mine, *arguments, *(["--multirun"] if sweeps else [])]
+
+
+def _fits(key: str, said: dict[str, str], conf: Path) -> bool:
+    """Whether a setting exists in the option that the user chose of its group, if any."""
+    group, _, name = key.partition(".")
+    if not name or group not in said or group == "data":  # those of data, all data sets have
+        return True
+    paths = [conf / group / f"{option}.yaml" for option in said[group].split(",")]
+    return all(path.is_file() and name.split(".")[0] in OmegaConf.load(path) for path in paths)
 
 
 def spread(arguments: list[str]) -> list[str]:

@@ -103,16 +103,14 @@ def plan(
     Returns:
         The patch, that of exact attention, and what kept the budget, None without one.
     """
-    settings = cfg.attn.copy()
-    OmegaConf.set_struct(settings, False)
-    layers: Any = settings.pop("layers", None)
-    budget: Any = settings.pop("budget", None)
+    layers: Any = cfg.attn.get("layers")
+    budget: Any = cfg.attn.get("budget")
     layers = OmegaConf.to_object(layers) if OmegaConf.is_config(layers) else layers
     if layers != "auto" and budget is not None:
         raise ValueError(
             f"attn.budget={budget} chooses the blocks: it goes with attn.layers=auto."
         )
-    attn, mask = build(settings), build(cfg.mask)
+    attn, mask = build(cfg.attn, aside=("layers", "budget")), build(cfg.mask)
     check_fit(attn, mask, backbone.blocks[0])
     anatomy, depth = backbone.anatomy, backbone.depth
     if layers != "auto":
