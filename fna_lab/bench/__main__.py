@@ -76,6 +76,7 @@ def main() -> None:
     bench = bench_model if args.model else bench_attention
     try:
         settings = Settings(**asked)
+        settings.check_used("selection" if selection else "attention", "--model", "--selection")
         rows = (bench_selection if selection else bench)(
             settings, lambda text: console.print(text, highlight=False)
         )
