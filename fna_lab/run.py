@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from fna_lab.attn.layers import parse_layers
 from fna_lab.backbone.base import Backbone, compared
 from fna_lab.backbone.budget import Plan as Solved
-from fna_lab.backbone.budget import solve_budget
+from fna_lab.backbone.budget import check_budget, solve_budget
 from fna_lab.backbone.patch import Patch, patch
 from fna_lab.backbone.plan import check_fit
 from fna_lab.build import build
@@ -113,7 +113,9 @@ def plan(
     attn, mask = build(cfg.attn, aside=("layers", "budget")), build(cfg.mask)
     check_fit(attn, mask, backbone.blocks[0])
     anatomy, depth = backbone.anatomy, backbone.depth
-    if layers != "auto":
+    if layers == "auto":
+        check_budget(attn, budget)
+    else:
         attn.check_tokens(backbone.num_tokens)
     masked = parse_layers(
         range(anatomy.mask, depth) if mask.layers is None else mask.layers,
@@ -135,15 +137,13 @@ def plan(
         with _calibrating(cfg, backbone, data, attn.calibration_pictures) as pictures:
             attn = attn.calibrate(lambda: backbone(pictures), backbone.blocks)
     if layers == "auto":
-        if budget is None:
-            raise ValueError("attn.layers=auto needs a budget of error, such as attn.budget=0.01.")
         with _calibrating(cfg, backbone, data, cfg.calibration) as pictures:
             log.info("attn.budget=%s: choosing on %d pictures", budget, len(pictures))
             solved = solve_budget(
                 backbone.host,
                 pictures,
                 attn,
-                budget=budget,
+                budget=cfg.attn.budget,
                 features=lambda images: compared(backbone(images)),
                 patching=patching,
             )
