@@ -157,6 +157,11 @@ def test_unknown_names_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: P
             "--masked-tokens 9: expected at most 8, for CLS stays of the 9 tokens in "
             "--tokens 9 50",
         ),
+        ("--model resnet18 --img-size 64", "backbone.img_size=64: resnet18 takes no such setting"),
+        (
+            "--model vit_tiny_patch16_224 --img-size 100",
+            "backbone.img_size=100: expected a multiple of the patch size 16, such as 96 or 112",
+        ),
         ("--selection --tokens 50 --samplers fps:foo=1", "fps has no setting foo; known: sketch"),
     ],
 )
@@ -167,3 +172,40 @@ def test_what_would_do_nothing_is_refused(
         run(monkeypatch, tmp_path, arguments)
     assert str(ended.value).startswith("error: ") and said in str(ended.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_block_that_is_not_there_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        selection, "TimmBackbone", lambda **rest: TimmBackbone(**rest | {"pretrained": False})
+    )
+    points = "--selection --model vit_tiny_patch16_224 --img-size 64"
+    for block in (12, -1):
+        with pytest.raises(SystemExit, match=f"--block {block}: expected a block from 0 to 11"):
+            run(monkeypatch, tmp_path, f"{points} --block {block}")
+
+
+def test_what_cannot_be_written_or_run_on_is_told_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(attention, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match="error: --out .*file/x: Not a directory"):
+        run(monkeypatch, tmp_path / "file" / "x", "--tokens 50")
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "foo"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "argument --device: 'foo' is no device that is here" in capsys.readouterr().err
+
+
+def test_a_variant_that_needs_more_tokens_is_left_out_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = "--model vit_tiny_patch16_224 --img-size 48"
+    run(monkeypatch, tmp_path, f"{model} --variants exact fna --no-memory --landmarks 8")
+    more = "--variants fna --landmarks 11 --seconds 0.01 --device cpu --out"
+    argv = ["bench", *model.split(), *more.split(), str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    main()
+    assert "fna is left out at 48 px: it needs 11 tokens" in capsys.readouterr().out
