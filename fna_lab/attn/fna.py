@@ -17,7 +17,7 @@ from fna_lab.attn.landmarks.base import HEAD_SOURCES, LandmarkSampler, source_po
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
 from fna_lab.attn.layers import Counts
 from fna_lab.attn.reduced import LandmarkAttention
-from fna_lab.attn.solver.base import Solver
+from fna_lab.attn.solver.base import Solver, check_solver
 from fna_lab.attn.solver.ridge import RidgeSolver
 
 
@@ -82,6 +82,7 @@ class FastNystromAttention(LandmarkAttention):
             raise ValueError(f"attn.sketch={sketch!r}: expected an integer >= 1, or null.")
         if rows > 1 and not clusters:
             raise ValueError(f"attn.rows={rows}: expected 1 with attn.clusters=false.")
+        check_solver(solver)
         self.solver = solver or RidgeSolver()
         if rows > 1 and self.solver.square:
             raise ValueError(
