@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_str(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _listed(value: object, kind: Callable[[object], bool]) -> bool:
+    return isinstance(value, list | tuple) and all(map(kind, value))
+
+
+# Annotation -> whether a value of a config is one, and what to call it.
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "bool": (lambda value: isinstance(value, bool), "true or false"),
+    "int": (_is_int, "an integer"),
+    "float": (lambda value: _is_int(value) or isinstance(value, float), "a number"),
+    "str": (_is_str, "text"),
+    "None": (lambda value: value is None, "null"),
+    "Sequence[str]": (lambda value: _listed(value, _is_str), "a list of names"),
+    "Sequence[int]": (lambda value: _listed(value, _is_int), "a list of integers"),
+    "tuple[int, int]": (lambda value: _listed(value, _is_int) and len(value) == 2, "two integers"),
+}
 
 
 def build(node: DictConfig, *, aside: Sequence[str] = (), **more: Any) -> Any:
@@ -21,7 +46,8 @@ def build(node: DictConfig, *, aside: Sequence[str] = (), **more: Any) -> Any:
         **more: arguments that only a run can give.
 
     Raises:
-        TypeError: the target does not take these settings; the message names them.
+        TypeError: the target does not take these settings, or not these values; the message
+            names them.
         Exception: whatever the target itself raises, unwrapped.
     """
     if node.get("_target_") is None:
@@ -32,15 +58,25 @@ def build(node: DictConfig, *, aside: Sequence[str] = (), **more: Any) -> Any:
     for name in aside:
         del own[name]
     try:
-        return hydra.utils.instantiate(own, **more)
+        built = hydra.utils.instantiate(own, **more)
     except InstantiationException as error:
         cause = error.__cause__
         if cause is None or isinstance(cause, InstantiationException):
             raise
         said = _unbound(own, aside, more) if isinstance(cause, TypeError) else ""
-        if said:
+        said = said or mistyped(own)
+        # What a target says of the same setting knows more: `expected an integer >= 1`.
+        if said and not str(cause).startswith(said.partition(": expected")[0]):
             raise TypeError(said) from cause
+        if not own["_target_"].startswith("fna_lab.") and not isinstance(cause, OSError):
+            # Another library's words do not say which part of the config they are about.
+            key = str(own._get_full_key(None))  # pyright: ignore[reportPrivateUsage]
+            raise ValueError(f"{key}={_choice(key, own)}: {cause}") from cause
         raise cause from None
+    said = mistyped(own, taken=True)
+    if said:  # that nothing objected does not make it right
+        raise TypeError(said)
+    return built
 
 
 def _unbound(node: DictConfig, aside: Sequence[str], more: dict[str, Any]) -> str:
@@ -69,6 +105,34 @@ def _unbound(node: DictConfig, aside: Sequence[str], more: dict[str, Any]) -> st
             said = ", ".join(f"{key}.{name}" for name in missing)
             return f"{said}: not set, and {chosen} needs it."
     return ""
+
+
+def mistyped(node: DictConfig, taken: bool = False) -> str:
+    """Which setting has a value of another type than the signature says, empty where none.
+
+    A name alone is no list of names, unless the target has `taken` it for one.
+    """
+    for key, part in _nodes(node):
+        if not part["_target_"].startswith("fna_lab."):
+            continue
+        for parameter in _parameters(hydra.utils.get_object(part["_target_"])):
+            name, kinds = parameter.name, _kinds(parameter.annotation)
+            if not kinds or name not in part:  # not there, or ???
+                continue
+            value = part[name]
+            value = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+            if taken and "Sequence[str]" in kinds and _is_str(value):
+                continue
+            if not any(KINDS[kind][0](value) for kind in kinds):
+                wanted = " or ".join(KINDS[kind][1] for kind in kinds)
+                return f"{key}.{name}={value!r}: expected {wanted}."
+    return ""
+
+
+def _kinds(annotation: object) -> list[str]:
+    """The plain types of an annotation, as `KINDS` has them; none where there are others."""
+    kinds = [kind.strip() for kind in str(annotation).split("|")]
+    return kinds if all(kind in KINDS for kind in kinds) else []
 
 
 def _nodes(node: DictConfig) -> Iterator[tuple[str, DictConfig]]:

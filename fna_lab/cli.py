@@ -45,7 +45,7 @@ def main() -> None:
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        sys.argv[1:] = spread(smoke(sys.argv[1:], conf_dir()))
+        sys.argv[1:] = spread(smoke(flags_last(sys.argv[1:]), conf_dir()))
         job()
     except Exception as error:
         if error not in failed.values():
@@ -58,6 +58,12 @@ def main() -> None:
     sys.exit(1 if failed else 0)
 
 
+def flags_last(arguments: list[str]) -> list[str]:
+    """Make `attn=fna -m mask=type1,type2` work: settings on both sides of a flag are refused."""
+    flags = [text for text in arguments if text in ("-m", "--multirun")]
+    return [text for text in arguments if text not in flags] + flags
+
+
 def smoke(arguments: list[str], conf: Path) -> list[str]:
     """Put what an experiment's `smoke_overrides` say before the user's own settings.
 
@@ -65,7 +71,9 @@ def smoke(arguments: list[str], conf: Path) -> list[str]:
         ValueError: `smoke=true` without an experiment.
     """
     said = dict(text.split("=", 1) for text in arguments if "=" in text)
-    if said.get("smoke", "false").lower() != "true":
+    if said.get("smoke", "false").lower() not in ("true", "false"):
+        raise ValueError(f"smoke={said['smoke']}: expected true or false.")
+    if said.get("smoke", "false").lower() == "false":
         return arguments
     path = conf / "experiment" / f"{said.get('experiment')}.yaml"
     if "experiment" not in said:
@@ -132,6 +140,8 @@ def _job(cfg: DictConfig, done: list[Path], failed: dict[str, Exception]) -> dic
     sweep = hydra_cfg.mode == RunMode.MULTIRUN
     try:
         old = None
+        if not isinstance(cfg.force, bool):
+            raise ValueError(f"force={cfg.force!r}: expected true or false.")
         if sweep and not cfg.force:
             config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
             old = record.find(Path(cfg.outputs) / cfg.name, config)

@@ -46,6 +46,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """
     begin = time.time()
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
+        raise ValueError(f"seed={cfg.seed!r}: expected an integer from 0 to {2**32 - 1}.")
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     backbone: Backbone = build(cfg.backbone)
     data: PictureData = build(cfg.data, transform=backbone.transform)
@@ -60,6 +62,10 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             trainer: L.Trainer = build(
                 cfg.trainer, logger=logger or False, default_root_dir=str(folder)
             )
+            if trainer.world_size != 1:  # each process would measure a part, and write it as all
+                raise ValueError(
+                    f"trainer.devices={cfg.trainer.devices}: expected 1; a run measures on one."
+                )
             trainer.test(task, datamodule=data, verbose=False)
         _check_found(patched)
         record = {
@@ -115,7 +121,7 @@ def plan(
     anatomy, depth = backbone.anatomy, backbone.depth
     if layers == "auto":
         check_budget(attn, budget)
-    else:
+    elif data.name != "none":  # then the backbone is run, on as many tokens
         attn.check_tokens(backbone.num_tokens)
     masked = parse_layers(
         range(anatomy.mask, depth) if mask.layers is None else mask.layers,

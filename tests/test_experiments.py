@@ -176,6 +176,7 @@ def test_smoke_of_another_option_keeps_the_settings_that_it_has() -> None:
             "attn.landmarks.foo=2: attn/landmarks=grid_fps has no such setting; expected share, "
             "sketch. Leave it out",
         ),
+        (["smoke=maybe", "experiment=findings"], "smoke=maybe: expected true or false."),
         (["smoke=true"], "smoke=true: expected an experiment beside it, experiment=NAME"),
         (["smoke=true", "experiment=nine"], "experiment=nine: there is no such option"),
         (["experiment=nine"], "experiment=nine: there is no such option; expected one of att"),

@@ -99,6 +99,12 @@ def test_the_attention_of_the_run_stands_beside_the_named_ones(tmp_path: Path) -
     assert ours["attn=fna"]["coverage"] == ours["random"]["coverage"]
 
 
+def test_landmarks_may_be_more_than_tokens_of_the_backbone_that_is_not_run(tmp_path: Path) -> None:
+    given = ["task.tokens=[300]", "task.variants=[exact]", "attn=subset", "attn.num_landmarks=256"]
+    found = timed(tmp_path, *given, "attn/landmarks=random")
+    assert [row["variant"] for row in found["timing"]["rows"]] == ["exact", "attn=subset"]
+
+
 def test_heads_are_the_backbones_where_none_are_set(tmp_path: Path) -> None:
     given = ["task.heads=null", "task.head_dim=null", "task.variants=[exact]", "task.tokens=[50]"]
     found = timed(tmp_path, *given)

@@ -40,6 +40,8 @@ slowest, rounds, least, seconds, memory: see `Settings`.
         ValueError: a setting is out of range, or one would do nothing here.
     """
 
+    reads = False
+
     def __init__(
         self,
         *,
