@@ -331,6 +331,11 @@ def test_bad_settings_are_named(call, error, words):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_a_host_that_is_no_module_is_named():
+    with pytest.raises(TypeError, match="model to be a torch.nn.Module, got 'vit'"):
+        fna_lab.patch("vit", "exact")
+
+
 def test_more_landmarks_than_tokens_is_named():
     _, model, x = build("timm vit")
     with pytest.raises(ValueError, match="attn.num_landmarks=27: more landmarks than the 26 tok"):
