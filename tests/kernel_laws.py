@@ -1,6 +1,7 @@
 """What the Triton kernels must give: run by test_kernels.py, interpreted on the CPU or on a GPU.
 
-A file of its own, since Triton decides at its import whether kernels are interpreted.
+A file of its own, since Triton decides at its import whether kernels are interpreted. Those of
+sampling are in point_laws.py.
 """
 
 import os
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from fna_lab import ops
+from fna_lab.attn.base import Context
+from fna_lab.attn.fna import FastNystromAttention
 from fna_lab.ops.kernels import nystrom, points
 from fna_lab.ops.kernels.switch import chain_products, use_kernels
 
@@ -23,12 +26,14 @@ def projection(batch, heads, tokens, dim, dtype):
     return draw.to(DEVICE, dtype).permute(2, 0, 3, 1, 4)
 
 
-def softmax_attention(q, k, v, keys=None, scale=None):
-    """The formula, in float64."""
+def softmax_attention(q, k, v, mask=None, scale=None):
+    """The formula, in float64; the mask says which keys, or is added."""
     q, k, v = q.double(), k.double(), v.double()
     logits = (q.shape[-1] ** -0.5 if scale is None else scale) * q @ k.mT
-    if keys is not None:
-        logits = logits.masked_fill(~keys, -torch.inf)
+    if mask is not None and mask.dtype == torch.bool:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        logits = logits + mask.double()
     return logits.softmax(-1) @ v
 
 
@@ -74,6 +79,66 @@ def test_both_products_are_softmax_attention(shape, dtype):
     close(out, softmax_attention(q, *few, keys, 0.3), dtype)
     # The host merges heads without a copy.
     assert out.transpose(1, 2).is_contiguous()
+
+
+def key_mask(shape, kind):
+    """A mask of each key, every third left out: bool, or a bias of about the size of log n."""
+    mask = 2 * torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))) + 3
+    mask[..., 1::3] = -torch.inf
+    return (mask > -torch.inf if kind == torch.bool else mask.to(kind)).to(DEVICE)
+
+
+# Those of all queries in one kind of numbers, and the sizes of clusters as they come.
+KINDS = [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bool),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float16),
+]
+
+
+@pytest.mark.parametrize(("dtype", "kind"), KINDS)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_a_mask_of_each_key_in_every_broadcast_shape(shape, dtype, kind):
+    q, k, v = projection(2, 3, 333, 24, dtype)
+    mask = key_mask((*shape, 1, 333), kind)
+    out = nystrom.attend_few(q[:, :, :11], k, v, attn_mask=mask, scale=0.3)
+    close(out, softmax_attention(q[:, :, :11], k, v, mask, 0.3), dtype)
+
+    few, mask = (k[:, :, :35], v[:, :, :35]), mask[..., :35]
+    out = nystrom.attend_to_few(q, *few, attn_mask=mask, scale=0.3)
+    close(out, softmax_attention(q, *few, mask, 0.3), dtype)
+
+
+def test_a_bias_on_more_keys_than_stay_on_chip_and_in_any_strides():
+    q, k, v = projection(1, 2, 150, 32, torch.float32)
+    assert not nystrom.resident(150, 32, 32, torch.float32)
+    bias = key_mask((1, 2, 1, 300), torch.float32)[..., ::2]
+    out = nystrom.attend_to_few(q, k, v, attn_mask=bias, scale=0.3)
+    close(out, softmax_attention(q, k, v, bias, 0.3), torch.float32)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bool])
+def test_heads_without_a_key_give_zeros(kind):
+    q, k, v = projection(2, 2, 700, 32, torch.float32)
+    mask = key_mask((2, 2, 1, 700), kind)
+    mask[0, 1] = mask[1, 0] = False if kind == torch.bool else -torch.inf
+    few = k[:, :, :20], v[:, :, :20]
+    for out, expected in [
+        (
+            nystrom.attend_few(q[:, :, :9], k, v, attn_mask=mask, scale=1.0),
+            softmax_attention(q[:, :, :9], k, v, mask, 1.0),
+        ),
+        (
+            nystrom.attend_to_few(q, *few, attn_mask=mask[..., :20], scale=1.0),
+            softmax_attention(q, *few, mask[..., :20], 1.0),
+        ),
+    ]:
+        assert (out[0, 1] == 0).all() and (out[1, 0] == 0).all()
+        for b, h in [(0, 0), (1, 1)]:
+            close(out[b, h], expected[b, h], torch.float32)
 
 
 @pytest.mark.parametrize("name", ["attend_few", "attend_to_few"])
@@ -127,6 +192,111 @@ def test_nystrom_attention_is_that_of_torch(monkeypatch, solver, masked):
     )
 
 
+@pytest.fixture
+def served(monkeypatch):
+    """How often each kernel of the chain is asked."""
+    asked = dict.fromkeys(("attend_few", "attend_to_few"), 0)
+
+    def listen(name, real):
+        def call(*args, **more):
+            asked[name] += 1
+            return real(*args, **more)
+
+        return call
+
+    for name in asked:
+        monkeypatch.setattr(nystrom, name, listen(name, getattr(nystrom, name)))
+    return asked
+
+
+def clusters(batch, heads, tokens, count, per_head):
+    """Landmarks, the last of which repeats, and the members of their clusters."""
+    generator = torch.Generator().manual_seed(count)
+    shape = (batch, heads) if per_head else (batch,)
+    marks = torch.rand(*shape, tokens, generator=generator).argsort(-1)[..., :count]
+    marks[..., -1] = marks[..., 2]
+    members = torch.randint(0, count - 1, (*shape, tokens), generator=generator)
+    members.scatter_(-1, marks[..., :-1], torch.arange(count - 1).expand(*shape, -1))
+    return marks.to(DEVICE), members.to(DEVICE)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_clustered_attention_is_that_of_torch(monkeypatch, served, per_head, masked):
+    q, k, v = projection(2, 3, 205, 24, torch.float32)
+    marks, members = clusters(2, 3, 205, 17, per_head)
+    keys = None
+    if masked:
+        keys = torch.ones(2, 205, dtype=torch.bool, device=DEVICE)
+        dropped = [t for t in range(205) if t not in marks.flatten().tolist()][::3]
+        keys[:, dropped] = False
+        members[..., dropped] = -1
+
+    def call():
+        return ops.clustered_attention(
+            q, k, v, marks, members, ops.ridge_solve, keys=keys, distinct=False, exact_rows=1
+        )
+
+    out = call()
+    assert served == {"attend_few": 1, "attend_to_few": 1}
+    torch.testing.assert_close(out, torch_path(monkeypatch, call), rtol=1e-4, atol=2e-5)
+    assert served == {"attend_few": 1, "attend_to_few": 1}
+
+
+def test_nystrom_attention_with_landmarks_of_each_head_is_that_of_torch(monkeypatch, served):
+    q, k, v = projection(2, 3, 205, 24, torch.float32)
+    marks, _ = clusters(2, 3, 205, 17, True)
+
+    def call():
+        return ops.nystrom_attention(q, k, v, marks, solver="ridge", distinct=False)
+
+    out = call()
+    assert served == {"attend_few": 1, "attend_to_few": 1}
+    torch.testing.assert_close(out, torch_path(monkeypatch, call), rtol=1e-4, atol=1e-4)
+
+
+def test_clustered_attention_in_bfloat16_is_as_close_as_that_of_torch(monkeypatch):
+    q, k, v = projection(1, 2, 300, 32, torch.bfloat16)
+    marks, members = clusters(1, 2, 300, 16, False)
+
+    def call(*inputs):
+        return ops.clustered_attention(
+            *inputs, marks, members, ops.ridge_solve, distinct=False
+        ).double()
+
+    exact = call(q.double(), k.double(), v.double())
+    # Triton's interpreter cuts bfloat16 off where a GPU rounds.
+    error = (call(q, k, v) - exact).norm()
+    assert error < 2 * (torch_path(monkeypatch, lambda: call(q, k, v)) - exact).norm()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_fna_is_that_of_torch(monkeypatch, served, masked):
+    """With landmarks that any sampler takes: CLS, the grid, and tokens far from all others."""
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = torch.randn(3, 2, 2, 82, 16, generator=generator).to(DEVICE)
+    x = torch.randn(2, 82, 32, generator=generator)
+    x[:, [7, 31, 60]] *= torch.tensor([30.0, 60.0, 90.0])[:, None]
+    mask = (torch.arange(82) != 33).expand(2, 1, 1, -1).to(DEVICE) if masked else None
+    context = Context(
+        layer=0, nth=0, scale=0.25, x=x.to(DEVICE), num_prefix_tokens=1, has_cls=True,
+        grid=(9, 9), attn_mask=mask,
+    )  # fmt: skip
+    variant = FastNystromAttention(num_landmarks=20, source="input")
+    chosen = []
+    choose = variant.choose
+    monkeypatch.setattr(variant, "choose", lambda *a: chosen.append(choose(*a)) or chosen[-1])
+
+    def call():
+        context.shared.clear()
+        return variant(q, k, v, context)
+
+    out, expected = call(), torch_path(monkeypatch, call)
+    assert served == {"attend_few": 1, "attend_to_few": 1}
+    assert torch.equal(*(marks.sort(1).values for marks in chosen))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=2e-5)
+
+
 def test_a_picture_does_not_see_its_batch_mates():
     q, k, v = projection(2, 1, 400, 32, torch.float32)
     marks = torch.arange(0, 400, 20, device=DEVICE).expand(2, -1)
@@ -148,8 +318,12 @@ def test_when_kernels_are_used(monkeypatch):
     keys = torch.ones(2, 1, 1, 16, dtype=torch.bool, device=DEVICE)
     assert kernels(q, k, v) and kernels(q, k, v, keys, keys)
     assert use_kernels(q)
-    assert not kernels(q, k, v, rows=torch.zeros(2, 1, 1, 16, device=DEVICE))
-    assert not kernels(q, k, v, columns=keys.expand(-1, 2, -1, -1))
+    bias = torch.zeros(1, 2, 1, 16, device=DEVICE)
+    assert kernels(q, k, v, bias, bias.bfloat16()) and kernels(q, k, v, keys.expand(-1, 2, -1, -1))
+    # Of each query, of other numbers, learned.
+    assert not kernels(q, k, v, rows=bias.expand(-1, -1, 16, -1))
+    assert not kernels(q, k, v, columns=bias.double())
+    assert not kernels(q, k, v, columns=bias.clone().requires_grad_())
     assert not kernels(q.double(), k.double(), v.double())
     assert not kernels(q, k, v.half())
     wide = torch.zeros(1, 1, 4, 160, device=DEVICE)
@@ -165,107 +339,6 @@ def test_when_kernels_are_used(monkeypatch):
     assert not kernels(q, k, v) and not use_kernels(q)
 
 
-def picks_one_by_one(x, num, first, allowed):
-    """Farthest points of one picture by the rules in words; whole numbers, so that it is exact."""
-    size = len(x)
-    may = allowed.tolist() if allowed is not None else [True] * size
-    taken: list[int] = []
-
-    def rank(i):
-        if not may[i]:
-            return -1.0
-        if i in taken:
-            return -0.5
-        return min((float((x[i] - x[j]).square().sum()) for j in taken), default=float("inf"))
-
-    for step in range(num):
-        if step < len(first) and rank(first[step]) >= 0:
-            taken.append(first[step])
-        else:
-            ranks = [rank(i) for i in range(size)]
-            taken.append(ranks.index(max(ranks)))
-    return taken
-
-
-FORMS = ["on chip", "streamed", "passes"]
-
-
-def choose_form(monkeypatch, form):
-    if form != "on chip":
-        monkeypatch.setattr(points, "MOST_RESIDENT", 0)
-    if form == "passes":
-        monkeypatch.setattr(points, "MOST_IN_ONE", 0)
-        monkeypatch.setattr(points, "PASS_BLOCK", 32)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("some", [False, True])
-@pytest.mark.parametrize(("size", "channels", "num"), [(45, 3, 12), (70, 19, 7), (9, 2, 9)])
-def test_farthest_points_by_the_rules(monkeypatch, size, channels, num, some, form):
-    choose_form(monkeypatch, form)
-    generator = torch.Generator().manual_seed(size)
-    x = torch.randint(-2, 3, (3, size, channels), generator=generator).float()  # many ties
-    first = torch.randint(0, size, (3, 4), generator=generator)
-    first[0, 2] = first[0, 0]
-    allowed = torch.rand(3, size, generator=generator) > 0.4 if some else None
-    found = ops.farthest_points(
-        x.to(DEVICE),
-        num,
-        first=first.to(DEVICE),
-        allowed=None if allowed is None else allowed.to(DEVICE),
-    )
-    for b in range(3):
-        may = None if allowed is None else allowed[b]
-        assert found[b].tolist() == picks_one_by_one(x[b], num, first[b].tolist(), may)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_too_few_allowed_points_and_equal_points(monkeypatch, form):
-    choose_form(monkeypatch, form)
-    x = torch.zeros(2, 50, 2, device=DEVICE)
-    allowed = torch.zeros(2, 50, dtype=torch.bool, device=DEVICE)
-    allowed[0, 7] = allowed[0, 40] = True
-
-    def call():
-        return ops.farthest_points(x, 5, allowed=allowed)
-
-    assert torch.equal(call(), torch_path(monkeypatch, call))
-    assert ops.farthest_points(x, 4).tolist() == [[0, 1, 2, 3]] * 2
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_given_points_at_once(monkeypatch, form, dtype):
-    choose_form(monkeypatch, form)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randint(-9, 9, (3, 77, 19), generator=generator).to(DEVICE, dtype)
-    first = torch.randint(1, 77, (3, 6), generator=generator).to(DEVICE)
-    first[:, 0] = 0
-    first[1, 3] = 0  # CLS lies on a cell of the grid
-    first[2, 5] = first[2, 2]
-
-    def call():
-        return ops.farthest_points(x, 12, first=first, repeats=3)
-
-    found = call()
-    assert torch.equal(found, torch_path(monkeypatch, call))
-    assert all(len(set(row)) == 12 for row in found.tolist())
-
-
-def test_farthest_points_at_the_size_of_a_picture(monkeypatch):
-    """Random features, sketched: the picks of float64 distances, a tie being unlikely."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(1, 257, 96, generator=generator).to(DEVICE)
-    first = torch.arange(0, 250, 50, device=DEVICE)[None]
-
-    def call(x):
-        return ops.farthest_points(x, 16, first=first, repeats=0)
-
-    assert torch.equal(call(x), call(x.double()))
-    sketched = ops.farthest_points(x, 16, first=first, repeats=1, sketch=64, gram=True)
-    assert len(set(sketched[0].tolist())) == 16
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_without_graph_breaks():
     q, k, v = projection(2, 2, 90, 32, torch.float32)
@@ -275,9 +348,16 @@ def test_compiled_without_graph_breaks():
         marks = ops.farthest_points(x, 12, repeats=0)
         return ops.nystrom_attention(q, k, v, marks, exact_rows=1)
 
-    torch._dynamo.reset()
-    found = torch.compile(run, fullgraph=True, backend="aot_eager")(q, k, v, x)
-    torch.testing.assert_close(found, run(q, k, v, x), rtol=1e-5, atol=1e-5)
+    def run_clusters(q, k, v, x):
+        first = torch.zeros(2, 3, dtype=torch.long, device=x.device)
+        marks = ops.spread_points(x, 12, first=first, repeats=2)
+        members = ops.nearest_landmarks(x, marks)
+        return ops.clustered_attention(q, k, v, marks, members, ops.ridge_solve, exact_rows=1)
+
+    for call in (run, run_clusters):
+        torch._dynamo.reset()
+        found = torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v, x)
+        torch.testing.assert_close(found, call(q, k, v, x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["_attend_few", "_attend_to_few"])
@@ -285,8 +365,10 @@ def test_ops_are_what_they_say(name):
     q, k, v = projection(2, 2, 40, 32, torch.float32)
     keys = torch.ones(2, 40, dtype=torch.bool, device=DEVICE)
     checks = ("test_schema", "test_faketensor")
-    for mask in (None, keys):
+    each = keys[:, None].expand(2, 2, 40)
+    for mask in (None, each, each.float()):
         torch.library.opcheck(getattr(nystrom, name), (q, k, v, mask, 0.2), test_utils=checks)
     first = torch.zeros(2, 1, dtype=torch.long, device=DEVICE)
-    given = (q[:, 0], first, keys, 5, 0, False)
-    torch.library.opcheck(points._farthest_points, given, test_utils=checks)
+    for in_place in (False, True):
+        given = (q[:, 0], first, keys, 5, 0, in_place, in_place)
+        torch.library.opcheck(points._farthest_points, given, test_utils=checks)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from fna_lab import ops
-from fna_lab.attn.base import Context
+from fna_lab.attn.base import Context, Removal
 from fna_lab.attn.fna import FastNystromAttention
+from fna_lab.attn.landmarks.fps import FarthestPointLandmarks
 from fna_lab.attn.solver.newton_schulz import NewtonSchulzSolver
 from fna_lab.attn.solver.pinv import PinvSolver
 
@@ -23,7 +24,7 @@ def run(variant, tokens=37, dtype=torch.float64, mask=None):
 
 
 @pytest.mark.parametrize("source", ["input", "normed", "q", "k", "qk"])
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [0.3, 1, 2])
 @pytest.mark.parametrize("sketch", [None, 5])
 def test_every_token_a_landmark_is_exact_attention(source, rows, sketch):
     variant = FastNystromAttention(
@@ -32,7 +33,7 @@ def test_every_token_a_landmark_is_exact_attention(source, rows, sketch):
     torch.testing.assert_close(*run(variant))
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [0.5, 1, 3])
 def test_every_kept_token_a_landmark_is_exact_under_padding(rows):
     mask = (torch.arange(37) < 20).expand(2, 1, 1, -1)
     variant = FastNystromAttention(num_landmarks=25, rows=rows, solver=PinvSolver())
@@ -47,7 +48,18 @@ def test_more_rows_are_closer(masked):
         out, exact = run(FastNystromAttention(num_landmarks=12, rows=rows), mask=mask)
         return (out - exact).norm()
 
-    assert error(3) < error(1)
+    assert error(3) < error(1) < error(0.5) < error(0.1)
+
+
+def test_half_the_landmarks_are_fitted_where_the_solver_can():
+    assert FastNystromAttention().rows == 0.5
+    assert FastNystromAttention(solver=NewtonSchulzSolver()).rows == 1
+    assert FastNystromAttention(clusters=False).rows == 1
+    marks = torch.arange(20).expand(2, -1)
+    for rows, found in ((0.5, [0, 2, 4]), (0.3, [0, 3, 6]), (0.01, [0])):
+        fitted = FastNystromAttention(rows=rows)._fitted(marks, None, 40)
+        assert fitted is not None and fitted[1, :3].tolist() == found
+        assert fitted.shape[1] == max(1, round(20 * rows))
 
 
 def test_without_clusters_it_is_the_plain_chain(monkeypatch):
@@ -70,9 +82,10 @@ def test_without_clusters_it_is_the_plain_chain(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (dict(rows=0), "attn.rows=0: expected an integer >= 1"),
-        (dict(rows=2, clusters=False), "attn.rows=2: expected 1 with attn.clusters=false"),
+        (dict(rows=0), "attn.rows=0: expected a number > 0"),
+        (dict(rows=2, clusters=False), "attn.rows=2: expected 1 or null with attn.clusters=false"),
         (dict(rows=2, solver=NewtonSchulzSolver()), "attn.rows=2: .* use attn/solver=ridge"),
+        (dict(rows="half"), "attn.rows='half': expected a number > 0"),
         (dict(sketch=0), "attn.sketch=0: expected"),
     ],
 )
@@ -87,5 +100,66 @@ def test_cost_grows_with_rows():
         return variant.flops(1370, heads=6, head_dim=64, channels=384, layers=6)
 
     thin = 6 * ops.subset_flops(1370, 6, 64, 64)
-    assert thin < flops(rows=2) - flops() < 1.1 * thin
+    assert thin < flops(rows=2) - flops(rows=1) < 1.1 * thin
+    assert 0.5 * thin < flops(rows=1) - flops() < 0.6 * thin
     assert 2 * thin < flops() < 4 * thin
+
+
+def removal(pattern, stage, tokens=37):
+    gone = torch.zeros(2, tokens, dtype=torch.bool)
+    gone[0, [4, 19, 30]] = True  # pictures differ in how many
+    gone[1, 7] = True
+    return Removal(gone, pattern, stage, *ops.token_rows(gone))
+
+
+def masked(pattern, stage, *, pad=0, dtype=torch.float64, **settings):
+    """The variant under a mask, exact attention under it, and T."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 37, 8, generator=generator, dtype=dtype)
+    k[0, :, 19] = 3 * q[0, :, 19]  # attends to itself
+    keep = torch.ones(2, 37, dtype=torch.bool)
+    keep[:, 37 - pad :] = False
+    taken = removal(pattern, stage)
+    taken.tokens.logical_and_(keep)
+    taken = Removal(taken.tokens, pattern, stage, *ops.token_rows(taken.tokens))
+    context = Context(
+        layer=0, nth=0, scale=8**-0.5, x=q.new_zeros(2, 37, 32), num_prefix_tokens=1, has_cls=True,
+        grid=(6, 6), attn_mask=keep[:, None, None] if pad else None, removal=taken,
+    )  # fmt: skip
+    out = FastNystromAttention(**settings)(q, k, v, context)
+    bias = torch.zeros(2, 1, 1, 37, dtype=dtype).masked_fill(~keep[:, None, None], -torch.inf)
+    exact = ops.masked_attention(
+        q, k, v, taken.tokens, pattern=pattern, stage=stage, scale=8**-0.5, bias=bias
+    )
+    return out, exact, taken.tokens, keep
+
+
+every_mask = pytest.mark.parametrize(
+    ("pattern", "stage"),
+    [("type1", "mask"), ("type1", "sink"), ("type2", "mask"), ("type2", "sink")],
+)
+
+
+@every_mask
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("pad", [0, 9])
+def test_every_kept_token_a_landmark_is_exact_under_a_mask(pattern, stage, per_head, pad):
+    left = 37 - pad - (1 if stage == "mask" else 0)  # they repeat where more are removed
+    out, exact, _, keep = masked(
+        pattern, stage, pad=pad, num_landmarks=left, per_head=per_head, solver=PinvSolver(),
+        landmarks=FarthestPointLandmarks(),
+    )  # fmt: skip
+    torch.testing.assert_close(out.transpose(1, 2)[keep], exact.transpose(1, 2)[keep])
+
+
+@pytest.mark.parametrize("stage", ["mask", "sink"])
+def test_tokens_that_see_themselves_are_as_close_as_others(stage):
+    out, exact, gone, _ = masked("type2", stage, num_landmarks=18)
+    error = (out - exact).norm(dim=-1).mean(1) / exact.norm(dim=-1).mean(1)  # [b n]
+    assert error[gone].mean() < 1.5 * error[~gone].mean()
+    first, _, _, _ = masked("type1", stage, num_landmarks=18)
+    unlike = (first - exact).norm(dim=-1).mean(1) / exact.norm(dim=-1).mean(1)
+    assert error[0, 19] < 0.05 and unlike[0, 19] > 0.9  # so the bound says something
+    torch.testing.assert_close(
+        first.transpose(1, 2)[~gone], out.transpose(1, 2)[~gone], rtol=0, atol=0
+    )

@@ -10,12 +10,12 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton, which PyTorch brings along for CUDA on Linux")
 
-LAWS = Path(__file__).with_name("kernel_laws.py")
+LAWS = [Path(__file__).with_name(name) for name in ("kernel_laws.py", "point_laws.py")]
 
 
 def run_laws(**environment):
-    environment = os.environ | {"PYTHONPATH": str(LAWS.parents[1])} | environment
-    command = [sys.executable, "-m", "pytest", str(LAWS), "-p", "no:cacheprovider"]
+    environment = os.environ | {"PYTHONPATH": str(LAWS[0].parents[1])} | environment
+    command = [sys.executable, "-m", "pytest", *map(str, LAWS), "-p", "no:cacheprovider"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
@@ -46,6 +46,8 @@ POINTERS = {
     "first": "*i64",
     "picks": "*i64",
     "count": "*i64",
+    "holes": "*i64",
+    "allowed": "*i1",
     "partial": "*fp32",
     "weight": "*fp32",
     "keys": "*i1",
@@ -54,8 +56,11 @@ KIND = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 ARCHITECTURES = [80, 90]  # A100, H100; PTX and machine code are made without a GPU
 
 
-def compiled(kernel, constants, architecture, dtype=torch.float32):
-    """The kernel as it is launched on tensors whose last dimension is contiguous."""
+def compiled(kernel, constants, architecture, dtype=torch.float32, mask=None):
+    """The kernel as it is launched on tensors whose last dimension is contiguous.
+
+    `mask` is the kind of a bias of each key.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -64,9 +69,11 @@ def compiled(kernel, constants, architecture, dtype=torch.float32):
         pytest.skip("TRITON_INTERPRET is set")
     options = {k: constants.pop(k) for k in ("num_warps", "num_stages") if k in constants}
     pointers = POINTERS | dict.fromkeys(("q", "k", "v", "out"), KIND[dtype])
+    if mask is not None:
+        pointers["keys"] = KIND[mask]
     signature, values, attributes = {}, dict(constants), {}
     for i, name in enumerate(kernel.arg_names):
-        if name in constants or name in ("q_d", "k_d", "v_d", "o_d"):
+        if name in constants or name in ("q_d", "k_d", "v_d", "o_d", "keys_n"):
             signature[name] = "constexpr"
             values.setdefault(name, 1)
         else:
@@ -111,12 +118,43 @@ def test_the_products_compile(cache, dim, dtype, architecture):
     compiled(nystrom.many_queries, many, architecture, dtype)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "mask", "architecture"),
+    [
+        (torch.float32, torch.float32, 80),
+        (torch.bfloat16, torch.bfloat16, 80),
+        (torch.bfloat16, torch.float32, 90),
+        (torch.float16, torch.float16, 90),
+    ],
+)
+def test_the_products_compile_with_a_bias_of_each_key(cache, dtype, mask, architecture):
+    from fna_lab.ops.kernels import nystrom
+
+    for dim in (64, 128):
+        plain = {"PRECISION": "tf32x3", "WIDEN": False}
+        parts = nystrom.few_blocks(64, dim, dim, dtype) | plain | {"PARTS": True}
+        compiled(nystrom.few_queries, parts, architecture, dtype, mask)
+        marks = next(m for m in (128, 64, 32) if nystrom.resident(m, dim, dim, dtype))
+        many = nystrom.many_blocks(marks, dim, dim, dtype) | plain
+        made = compiled(nystrom.many_queries, many, architecture, dtype, mask)
+        # One multiply-add a logit: none is chosen by a mask (but by TF32, which tells NaN apart).
+        chosen = f"{many['BLOCK_N']}x{many['BLOCK_M']}xi1, #mma" in made.asm["ttgir"]
+        assert chosen == (dtype == torch.float32)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_parts_compile(cache, architecture):
     from fna_lab.ops.kernels import nystrom
 
     blocks = {"PART_SLOTS": 64, "BLOCK_M": 16, "BLOCK_E": 128}
     compiled(nystrom.put_together, blocks, architecture, torch.bfloat16)
+
+
+# Given points one by one, or at once: those of `farthest_points`, and of `spread_points`.
+ALONE = {"TAKEN": False, "holes": None}
+TOGETHER = {"TAKEN": True, "holes": None}
+IN_PLACE = {"TAKEN": True}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -128,9 +166,11 @@ def test_farthest_points_compile(cache, architecture):
         block_n, block_c, resident, warps = points.picture_blocks(size, 64)
         assert resident == (size == 257)
         blocks = {"BLOCK_N": block_n, "BLOCK_C": block_c, "RESIDENT": resident}
-        compiled(points.sample_picture, blocks | {"num_warps": warps}, architecture)
+        for rules in ALONE, TOGETHER, IN_PLACE:
+            compiled(points.sample_picture, blocks | {"num_warps": warps} | rules, architecture)
     given = {"SLOTS": 64, "BLOCK_N": 256, "BLOCK_C": 64, "num_warps": 8}
-    compiled(points.take_given, given, architecture)
-    for start in (False, True):
-        blocks = {"START": start, "BLOCK_N": points.PASS_BLOCK, "BLOCK_C": 16, "BLOCKS": 64}
-        compiled(points.pass_over, blocks | {"num_warps": 8}, architecture)
+    for rules in ({"allowed": None, "holes": None}, {"allowed": None}, {}):
+        compiled(points.take_given, given | rules, architecture)
+    blocks = {"BLOCK_N": points.PASS_BLOCK, "BLOCK_C": 16, "BLOCKS": 64, "num_warps": 8}
+    for start, rules in ((False, ALONE), (False, IN_PLACE), (True, TOGETHER)):
+        compiled(points.pass_over, blocks | rules | {"START": start}, architecture)

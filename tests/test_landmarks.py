@@ -279,3 +279,22 @@ def test_farthest_points_leave_cls_to_its_distance_where_nothing_is_guaranteed()
     allowed[:, :4] = False
     picks = sampler(points, 8, guaranteed=none, **more | {"allowed": allowed})
     assert (picks[:, 0] == 4).all()
+
+
+@pytest.mark.parametrize(
+    "sampler", [SAMPLERS["fps"](block=5), SAMPLERS["grid_fps"](), SAMPLERS["joint"]()]
+)
+@pytest.mark.parametrize("barred", [3, 30])
+def test_with_a_promise_of_barred_tokens_none_of_them_is_taken(sampler, barred):
+    points = tokens(1)
+    order = torch.rand(3, points.shape[1] - 1, generator=torch.Generator().manual_seed(0))
+    gone = order.argsort(1)[:, :barred] + 1  # CLS stays
+    allowed = torch.ones(points.shape[:2], dtype=torch.bool).scatter_(1, gone, False)
+    settings = dict(allowed=allowed, num_prefix_tokens=1, grid=GRID)
+    num = min(16, points.shape[1] - barred)
+    picks = sampler.promised(barred)(
+        points, num, guaranteed=torch.zeros(3, 1, dtype=torch.long), **settings
+    )
+    assert allowed.gather(1, picks).all()
+    assert all(len(set(row)) == num for row in picks.tolist())
+    assert sampler.barred is None  # the promise is the other's

@@ -6,7 +6,7 @@ import torch
 from fna_lab import ops
 from fna_lab.attn.solver.pinv import PinvSolver
 from fna_lab.attn.solver.ridge import RidgeSolver
-from fna_lab.ops import clustered
+from fna_lab.ops import clustered, nystrom
 
 PINV, RIDGE = PinvSolver(), RidgeSolver(ridge=1e-2)
 
@@ -17,7 +17,7 @@ def random_qkv(batch=2, heads=3, tokens=30, dim=8, dtype=torch.float64, seed=0):
     return [torch.randn(shape, generator=generator, dtype=dtype) for _ in range(3)]
 
 
-def slow(q, k, v, landmarks, members, *, ridge, scale, more=(), keep=None, bias=None):
+def slow(q, k, v, landmarks, members, *, ridge, scale, fitted=None, keep=None, bias=None):
     """One head of one picture, `[n d]`, written out."""
     keep = torch.ones(len(k), dtype=torch.bool) if keep is None else keep
     bias = torch.zeros(len(q), len(k), dtype=q.dtype) if bias is None else bias
@@ -30,7 +30,7 @@ def slow(q, k, v, landmarks, members, *, ridge, scale, more=(), keep=None, bias=
         numerator = sizes * logits.exp()
         return numerator / numerator.sum(1, keepdim=True)
 
-    rows = [*landmarks, *more]
+    rows = landmarks if fitted is None else fitted
     exact = (scale * q[rows] @ k.T + bias[rows]).masked_fill(~keep, -torch.inf).softmax(1) @ v
     kernel, prior = weights(rows), v[landmarks]
     eye = torch.eye(len(landmarks), dtype=q.dtype)
@@ -38,10 +38,10 @@ def slow(q, k, v, landmarks, members, *, ridge, scale, more=(), keep=None, bias=
     return weights(list(range(len(q)))) @ (prior + inverse @ (exact - kernel @ prior))
 
 
-@pytest.mark.parametrize("more", [(), (5, 11, 22)])
+@pytest.mark.parametrize("fitted", [None, [5, 11, 22, 0, 9, 21, 14], [0, 21], [7]])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-def test_it_is_the_slow_formula(more, masked, biased):
+def test_it_is_the_slow_formula(fitted, masked, biased):
     q, k, v = random_qkv()
     landmarks = torch.tensor([[0, 9, 21, 14], [3, 4, 28, 20]])
     points = torch.randn(2, 30, 5, dtype=torch.float64)
@@ -52,13 +52,13 @@ def test_it_is_the_slow_formula(more, masked, biased):
     members = ops.nearest_landmarks(points, landmarks, allowed=keys)
     out = ops.clustered_attention(
         q, k, v, landmarks, members, RIDGE, scale=0.3, keys=keys, bias=bias,
-        more_rows=torch.tensor([more, more]) if more else None,
+        rows=torch.tensor([fitted, fitted]) if fitted else None,
     )  # fmt: skip
     for b in range(2):
         for h in range(3):
             expected = slow(
                 q[b, h], k[b, h], v[b, h], landmarks[b].tolist(), members[b].tolist(),
-                ridge=1e-2, scale=0.3, more=more, keep=None if keys is None else keys[b],
+                ridge=1e-2, scale=0.3, fitted=fitted, keep=None if keys is None else keys[b],
                 bias=None if bias is None else bias[0, h],
             )  # fmt: skip
             torch.testing.assert_close(out[b, h], expected)
@@ -153,14 +153,15 @@ def test_a_picture_does_not_see_its_batch_mates():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("size", [0.0, 1.0, 100.0])
 @pytest.mark.parametrize("masked", [False, True])
-def test_results_are_finite(dtype, size, masked):
+@pytest.mark.parametrize("few", [False, True])
+def test_results_are_finite(dtype, size, masked, few):
     q, k, v = ((size * x).to(dtype) for x in random_qkv(tokens=300))
     marks = torch.tensor([[0, 5, 7], [1, 1, 3]])
     keys = torch.arange(300).expand(2, -1) < 10 if masked else None
     members = ops.nearest_landmarks(k.mean(1), marks, allowed=keys)
-    rows = torch.tensor([[5, 9], [0, 0]])
+    rows = torch.tensor([[5, 9, 4, 7], [0, 0, 0, 2]])[:, : 2 if few else 4]
     out = ops.clustered_attention(
-        q, k, v, marks, members, RIDGE, keys=keys, more_rows=rows, exact_rows=1
+        q, k, v, marks, members, RIDGE, keys=keys, rows=rows, exact_rows=1
     )
     assert out.dtype == dtype and torch.isfinite(out).all()
 
@@ -173,6 +174,22 @@ def test_exact_rows_are_those_of_exact_attention_and_no_others_change():
     out = ops.clustered_attention(q, k, v, marks, members, RIDGE, exact_rows=1)
     torch.testing.assert_close(out[:, :, :1], ops.attention(q, k, v)[:, :, :1])
     assert torch.equal(out[:, :, 1:], plain[:, :, 1:]) and not torch.allclose(plain, out)
+
+
+def test_rows_and_landmarks_that_repeat_weigh_once():
+    q, k, v = random_qkv()
+    points = k.mean(1)
+    once = torch.tensor([[0, 9, 21], [3, 4, 28]])
+    twice, rows = once[:, [0, 1, 0, 2, 2]], torch.tensor([[9, 0], [4, 3]])
+    for fitted in (None, rows):
+        want = ops.clustered_attention(
+            q, k, v, once, ops.nearest_landmarks(points, once), RIDGE, rows=fitted
+        )
+        again = None if fitted is None else fitted[:, [0, 0, 1]]
+        found = ops.clustered_attention(
+            q, k, v, twice, ops.nearest_landmarks(points, twice), RIDGE, rows=again, distinct=False
+        )
+        torch.testing.assert_close(found, want)
 
 
 def test_gradients_are_those_of_finite_differences():
@@ -203,25 +220,33 @@ def test_packed_tokens_are_rows_without_a_copy(packed, batch):
     host = torch.randn(batch, 7, packed, 3, 4)
     for i in range(packed):
         x = host[:, :, i].transpose(1, 2)
-        table, step = clustered.token_table(x)
+        table, step = nystrom.packed_table(x)
         assert step == packed
         assert table.untyped_storage().data_ptr() == host.untyped_storage().data_ptr()
         rows = table[::step].view(batch, 7, 12)
         assert torch.equal(rows, x.transpose(1, 2).flatten(2))
 
 
-def test_tokens_in_any_other_order_are_copied():
+def test_tokens_in_any_other_order_are_no_such_rows():
     heads_first = torch.randn(2, 3, 7, 4)
     cut = torch.randn(2, 9, 3, 4)[:, 1:8].transpose(1, 2)
     learnt = torch.randn(2, 7, 3, 4, requires_grad=True).transpose(1, 2)
     for x in (heads_first, cut, learnt):
-        table, step = clustered.token_table(x)
-        assert step == 1
-        assert torch.equal(table.view(2, 7, 12), x.transpose(1, 2).flatten(2))
+        assert nystrom.packed_table(x) is None
 
 
-def test_a_packed_batch_without_pictures_has_a_table():
+def test_a_packed_batch_without_pictures_has_means():
     k = torch.randn(0, 9, 3, 2, 4).permute(2, 0, 3, 1, 4)[1]  # [0 h n d]
     means, sizes = ops.cluster_means(k, torch.zeros(0, 9, dtype=torch.long), 3)
     assert means.shape == (0, 2, 3, 4)
     assert sizes.shape == (0, 3)
+
+
+@pytest.mark.parametrize("packed", [1, 3])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_tokens_are_gathered_alike_from_packed_rows_and_others(packed, batch):
+    x = torch.randn(batch, 7, packed, 3, 4)[:, :, -1].transpose(1, 2)
+    marks = torch.tensor([[6, 0, 0, 3], [2, 1, 5, 4]])[:batch]
+    want = torch.stack([x[i][:, marks[i]] for i in range(batch)])
+    assert torch.equal(ops.gather_tokens(x, marks), want)
+    assert torch.equal(ops.gather_tokens(x.contiguous(), marks), want)

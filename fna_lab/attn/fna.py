@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.base import Context
-from fna_lab.attn.classes import prefix_tokens
+from fna_lab.attn.base import Context, Removal
 from fna_lab.attn.guard import Guard
 from fna_lab.attn.landmarks.base import HEAD_SOURCES, LandmarkSampler, source_points
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
@@ -43,8 +42,9 @@ class FastNystromAttention(LandmarkAttention):
         guard: largest residual that is believed before ridge and then exact attention are taken,
             see `Guard`; None = nobody looks.
         clusters: let landmarks stand for clusters of tokens.
-        rows: tokens whose exact outputs the values are fitted to, for each landmark; 1 = the
-            landmarks themselves. More of them fit better, and cost a thin attention each.
+        rows: tokens whose exact outputs the values are fitted to, for each landmark: 0.5 = every
+            second landmark, 1 = the landmarks, 3 = two more tokens for each. More of them fit
+            better, and cost a thin attention each. None = 0.5, and 1 where no other is possible.
 
     Raises:
         ValueError: a setting is out of range, or `rows` needs another solver.
@@ -65,7 +65,7 @@ class FastNystromAttention(LandmarkAttention):
         exact_cls: bool = True,
         guard: float | None = None,
         clusters: bool = True,
-        rows: int = 1,
+        rows: float | None = None,
     ) -> None:
         super().__init__(
             landmarks=landmarks or GridFarthestPointLandmarks(),
@@ -76,24 +76,15 @@ class FastNystromAttention(LandmarkAttention):
             exclude=exclude,
             per_head=per_head,
         )
-        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-            raise ValueError(f"attn.rows={rows!r}: expected an integer >= 1.")
         if sketch is not None and (not isinstance(sketch, int) or sketch < 1):
             raise ValueError(f"attn.sketch={sketch!r}: expected an integer >= 1, or null.")
-        if rows > 1 and not clusters:
-            raise ValueError(f"attn.rows={rows}: expected 1 with attn.clusters=false.")
         check_solver(solver)
         self.solver = solver or RidgeSolver()
-        if rows > 1 and self.solver.square:
-            raise ValueError(
-                f"attn.rows={rows}: expected 1 with a solver that inverts square matrices alone; "
-                "use attn/solver=ridge."
-            )
+        self.rows = _read_rows(rows, clusters=clusters, square=self.solver.square)
         self.sketch = sketch
         self.exact_cls = exact_cls
         self.guard = None if guard is None else Guard(guard)
         self.clusters = clusters
-        self.rows = rows
 
     def width(self, channels: int) -> int:
         """Channels of what is sampled, for so many of the host (or of its heads)."""
@@ -120,12 +111,25 @@ class FastNystromAttention(LandmarkAttention):
         attention = ops.nystrom_attention
         if self.clusters:
             attention = ops.clustered_attention
-            more["members"] = self._members(points, landmarks, keys, context)
+            more["members"] = self._members(
+                points, landmarks, keys, context, distinct=more["distinct"]
+            )
             context.shared["members"] = more["members"]  # for those who look on
-            more["more_rows"] = self._more_rows(landmarks, keys, q.shape[2])
+            more["rows"] = self._fitted(landmarks, keys, q.shape[2])
+            removal = context.removal
+            if removal is not None and self.removes(v, bias, removal):
+                rows = removal.rows, removal.valid
+                more["own"] = rows if removal.pattern == "type2" else None
+                more["sunk"] = rows if removal.stage == "sink" else None
         if self.guard is None:
             return attention(q, k, v, landmarks, **more)
         return self.guard.attention(attention, q, k, v, landmarks, layer=context.layer, **more)
+
+    def removes(self, v: Tensor, bias: Tensor | None, removal: Removal) -> bool:
+        """Whether clusters see to a removal: not where half precision would lose what is left."""
+        plain = self.clusters and self.guard is None and bias is None
+        exact = v.dtype in (torch.float32, torch.float64)
+        return plain and exact and 0 < removal.rows.shape[1] < v.shape[2]
 
     def points(self, q: Tensor, k: Tensor, context: Context) -> Tensor | None:
         """What is sampled, `[b n c]` or per head `[b*h n c]`; None = the sampler asks for it."""
@@ -143,39 +147,50 @@ class FastNystromAttention(LandmarkAttention):
         return ops.sketch_points(points, self.sketch, groups=groups)
 
     def _members(
-        self, points: Tensor, landmarks: Tensor, keys: Tensor | None, context: Context
+        self,
+        points: Tensor,
+        landmarks: Tensor,
+        keys: Tensor | None,
+        context: Context,
+        *,
+        distinct: bool,
     ) -> Tensor:
         """The landmark of each token, long `[b n]`, or per head `[b h n]`."""
         begin = context.stopwatch.now() if context.stopwatch else 0.0
         if self.per_head and keys is not None:
             keys = keys.repeat_interleave(landmarks.shape[1], dim=0)
         marks = landmarks.flatten(0, 1) if self.per_head else landmarks
-        members = ops.nearest_landmarks(points, marks, allowed=keys)
+        members = ops.nearest_landmarks(points, marks, allowed=keys, distinct=distinct)
         if self.per_head:
             members = members.unflatten(0, landmarks.shape[:2])
         if context.stopwatch:
             context.stopwatch.note("selection", begin)
         return members
 
-    def _more_rows(self, landmarks: Tensor, keys: Tensor | None, tokens: int) -> Tensor | None:
-        """Tokens at equal distances, long `[b t]`."""
+    def _fitted(self, landmarks: Tensor, keys: Tensor | None, tokens: int) -> Tensor | None:
+        """Tokens whose exact outputs are fitted, long `[b r]` or `[b h r]`; None = landmarks."""
+        marks = landmarks.shape[-1]
         if self.rows == 1:
             return None
-        count = min((self.rows - 1) * landmarks.shape[-1], tokens)
+        if self.rows < 1:
+            count = max(1, round(self.rows * marks))
+            if marks % count == 0:
+                return landmarks[..., :: marks // count]
+            return landmarks[..., [i * marks // count for i in range(count)]]
+        count = min(round((self.rows - 1) * marks), tokens)
         if keys is None:
             keys = torch.ones((len(landmarks), tokens), dtype=torch.bool, device=landmarks.device)
-        return ops.segment_centres(keys, count)
+        more = ops.segment_centres(keys, count)  # at equal distances
+        if landmarks.ndim == 3:
+            more = more[:, None].expand(-1, landmarks.shape[1], -1)
+        return torch.cat([landmarks, more], dim=-1)
 
     def _distinct(self, keys: Tensor | None, context: Context) -> bool:
         """Whether no landmark can repeat among keys bool `[b n]`, as far as the host knows."""
-        if self.may_repeat or keys is None:
-            return not self.may_repeat
-        removal = context.removal
-        # Under `torch.compile` the largest number of removed tokens is not known.
-        if removal is None or context.attn_mask is not None or torch.compiler.is_compiling():
-            return False
-        left = keys.shape[1] - removal.rows.shape[1] - len(prefix_tokens(self.exclude, context))
-        return left >= self.landmarks_at(context.layer, context.nth)
+        barred = self.barred(keys, context)
+        if barred is None or keys is None:
+            return barred is not None
+        return keys.shape[1] - barred >= self.landmarks_at(context.layer, context.nth)
 
     def layer_flops(self, tokens: int, heads: int, head_dim: int) -> int:
         """FLOPs of the attention of one picture at one layer, without selection."""
@@ -183,5 +198,26 @@ class FastNystromAttention(LandmarkAttention):
         if not self.clusters:
             return ops.nystrom_flops(tokens, heads, head_dim, self.num_landmarks, solver=solver)
         return ops.clustered_flops(
-            tokens, heads, head_dim, self.num_landmarks, rows=self.rows, sketch=self.sketch
+            tokens,
+            heads,
+            head_dim,
+            self.num_landmarks,
+            rows=max(1, round(self.rows * self.num_landmarks)),
+            sketch=self.sketch,
         )
+
+
+def _read_rows(rows: object, *, clusters: bool, square: bool) -> float:
+    """The setting `attn.rows` as a number."""
+    if rows is None:
+        return 0.5 if clusters and not square else 1
+    if isinstance(rows, bool) or not isinstance(rows, int | float) or not 0 < rows < math.inf:
+        raise ValueError(f"attn.rows={rows!r}: expected a number > 0, or null.")
+    if rows != 1 and not clusters:
+        raise ValueError(f"attn.rows={rows}: expected 1 or null with attn.clusters=false.")
+    if rows != 1 and square:
+        raise ValueError(
+            f"attn.rows={rows}: expected 1 or null with a solver that inverts square matrices "
+            "alone; use attn/solver=ridge."
+        )
+    return rows

@@ -60,7 +60,7 @@ class Guard:
         distinct: bool | None = None,
         exact_rows: int = 0,
         members: Tensor | None = None,
-        more_rows: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """`attend`, with what is worthless replaced: `[b h n d]` x3 -> `[b h n d]`.
 
@@ -79,7 +79,7 @@ class Guard:
             distinct: whether no landmark repeats; None = as without `keys`, see `ops`.
             exact_rows: give so many of the first landmarks their exact outputs.
             members: the landmark of each token, for clusters.
-            more_rows: further tokens to fit, for clusters.
+            rows: tokens whose exact outputs are fitted, for clusters; None = the landmarks.
         """
         batch, heads = q.shape[:2]
 
@@ -106,12 +106,12 @@ class Guard:
                 **parts.clusters,
             )
             step = max(1, out.shape[2] // self.probes)
-            rows = slice(step // 2, None, step)
-            right = parts.exact(scale, rows)
-            found = ops.relative_error(out[:, :, rows], right).nan_to_num(torch.inf, torch.inf)
+            probes = slice(step // 2, None, step)
+            right = parts.exact(scale, probes)
+            found = ops.relative_error(out[:, :, probes], right).nan_to_num(torch.inf, torch.inf)
             return out, torch.maximum(noted[0], found) if noted else found
 
-        clusters = {"members": members, "more_rows": more_rows} if members is not None else {}
+        clusters = {"members": members, "rows": rows} if members is not None else {}
         everything = _Heads(q, k, v, landmarks, keys, bias, clusters)
         out, residual = attempt(everything, solver)
         bad = residual > self.threshold  # [b h]

@@ -129,6 +129,22 @@ class LandmarkAttention(ReducedAttention):
         """Whether landmarks may repeat where no key is removed: detected classes are excluded."""
         return any(c in DETECTED for c in self.exclude)
 
+    def barred(self, keys: Tensor | None, context: Context) -> int | None:
+        """How many tokens of a picture are no landmark at most, for keys bool `[b n]`.
+
+        None where the host does not know.
+        """
+        if self.may_repeat:
+            return None
+        never = len(prefix_tokens(self.exclude, context))
+        if keys is None:
+            return never
+        removal = context.removal
+        # Under `torch.compile` the largest number of removed tokens is not known.
+        if removal is None or context.attn_mask is not None or torch.compiler.is_compiling():
+            return None
+        return removal.rows.shape[1] + never
+
     def width(self, channels: int) -> int:
         """Channels of what is sampled, for so many of the host (or of its heads)."""
         return (2 if self.source == "qk" else 1) * channels
@@ -224,7 +240,9 @@ class LandmarkAttention(ReducedAttention):
             )
         given = prefix_tokens(self.guarantee, context)[: self.num_landmarks]
         first = torch.arange(given.start, given.stop, device=q.device)
-        picks = self.landmarks(
+        barred = self.barred(keys, context)
+        sampler = self.landmarks if allowed is None else self.landmarks.promised(barred)
+        picks = sampler(
             points,
             self.num_landmarks,
             guaranteed=first.expand(points.shape[0], -1),
@@ -234,7 +252,7 @@ class LandmarkAttention(ReducedAttention):
         )
         if wanted is not None:
             picks = ops.put_first(picks, wanted)
-        if allowed is not None:
+        if allowed is not None and (barred is None or size - barred < self.num_landmarks):
             # Where too few are left, some samplers take others: the first stands in for those.
             picks = torch.where(allowed.gather(1, picks), picks, picks[:, :1])
         return picks.unflatten(0, q.shape[:2]) if self.per_head else picks

@@ -108,9 +108,9 @@ def attention_facts(
         Each `[b h]`, float64, NaN where a picture has no such token. `<fact>/<class>`:
         `relative_error`, `cosine` (mean over tokens) of the outputs; `row_sum`, `row_sum_gap`
         (mean |sum - exact sum|), `negative_share`, `negative_mass` of the weights that the variant
-        implies, see `ops.weight_facts`. Where it inverts a square landmark kernel:
-        `log10_condition`, `inverse_residual` ||I - A Z|| / ||I||, `solve_residual`
-        ||A X - B|| / ||B||.
+        implies, see `ops.weight_facts`. Where it solves with a landmark kernel A:
+        `log10_condition`, `solve_residual` ||A X - B|| / ||B||, and where A has no more rows than
+        columns `inverse_residual` ||I - A Z|| / ||I||.
     """
 
     def run(variant: AttentionVariant, values: Tensor) -> Tensor:
@@ -126,10 +126,11 @@ def attention_facts(
     for name, tokens in classes_of(context, attn.num_extra_tokens).items():
         facts[f"relative_error/{name}"] = ops.relative_error(out, wanted, tokens)
         facts |= {f"{fact}/{name}": ops.mean_of_tokens(row, tokens) for fact, row in rows.items()}
-    if kernel is not None and kernel[0].shape[-1] == kernel[0].shape[-2]:
+    if kernel is not None:
         matrix, values, solution, solve = kernel
         facts["log10_condition"] = ops.condition_number(matrix).log10()
-        facts["inverse_residual"] = ops.inverse_residual(matrix, solve)
+        if matrix.shape[-2] <= matrix.shape[-1]:
+            facts["inverse_residual"] = ops.inverse_residual(matrix, solve)
         facts["solve_residual"] = ops.solve_residual(matrix, solution, values)
     return facts
 

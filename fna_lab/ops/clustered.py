@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fna_lab.ops.attention import as_bias, attention_with_lse
 from fna_lab.ops.checks import check_bool, check_float, check_index, check_qkv, default_scale
 from fna_lab.ops.nystrom import (
     check_landmarks,
@@ -15,22 +16,30 @@ from fna_lab.ops.nystrom import (
     gather_tokens,
     nystrom_chain,
     only_keys,
-    token_table,
+    packed_table,
+    repeated_landmarks,
+    table_rows,
 )
 from fna_lab.ops.spread import gather_rows
 
 
 def nearest_landmarks(
-    points: Tensor, landmarks: Tensor, *, allowed: Tensor | None = None
+    points: Tensor,
+    landmarks: Tensor,
+    *,
+    allowed: Tensor | None = None,
+    distinct: bool = False,
 ) -> Tensor:
     """The landmark that each token is nearest to, in squared Euclidean distance.
 
-    A landmark is its own, so that no cluster is empty; one that stands in the list before is none.
+    A landmark is its own, so that no cluster is empty; but one that stands in the list before has
+    none.
 
     Args:
         points: `[b n c]`.
         landmarks: token indices, long `[b m]`.
         allowed: bool `[b n]`, False = in no cluster; None = all are in one.
+        distinct: a promise that no landmark repeats, which saves time.
 
     Returns:
         Positions in the list of landmarks, long `[b n]`; -1 = in no cluster.
@@ -49,11 +58,15 @@ def nearest_landmarks(
         check_bool("allowed", allowed, tuple(points.shape[:2]))
     points = points.to(torch.promote_types(points.dtype, torch.float32))
     marks = gather_rows(points, landmarks)
-    # |x|^2 is the same for all landmarks.
-    square = marks.square().sum(-1)[:, None]
-    members = torch.baddbmm(square, points, marks.mT, alpha=-2).argmin(2)
+    square = marks.square().sum(-1)  # |x|^2 is the same for all landmarks
     place = torch.arange(landmarks.shape[1], device=landmarks.device).expand_as(landmarks)
-    members = members.scatter_reduce(1, landmarks, place, "amin", include_self=False)
+    if not distinct:
+        square.masked_fill_(repeated_landmarks(landmarks), torch.inf)
+    members = torch.baddbmm(square[:, None], points, marks.mT, alpha=-2).argmin(2)
+    if distinct:
+        members.scatter_(1, landmarks, place)
+    else:
+        members = members.scatter_reduce(1, landmarks, place, "amin", include_self=False)
     return members if allowed is None else members.masked_fill(~allowed, -1)
 
 
@@ -91,15 +104,18 @@ def _product_means(x: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor
 def _bagged_means(x: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """Means `[b m h*d]` of `[b h n d]`, and sizes `[b m]`: sorted, then added up in runs."""
     batch, _, tokens, _ = x.shape
-    members, order = torch.where(members < 0, num, members).sort(dim=1, stable=True)
-    names = torch.arange(num + 1, device=x.device).expand(batch, -1).contiguous()
+    members, order = members.sort(dim=1, stable=True)
+    # Bag 0 is of those in no cluster: the first bag has to begin at the first token.
+    names = torch.arange(-1, num + 1, device=x.device).expand(batch, -1).contiguous()
     begin = torch.searchsorted(members, names)
-    first = tokens * torch.arange(batch, device=x.device)[:, None]
-    table, step = token_table(x.to(torch.promote_types(x.dtype, torch.float32)))
-    means = F.embedding_bag(
-        ((order + first) * step).flatten(), table, (begin + first).flatten(), mode="mean"
-    )
-    return means.view(batch, num + 1, table.shape[1])[:, :num], begin.diff(dim=1).to(table.dtype)
+    sizes = begin[:, 1:].diff(dim=1)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    packed = packed_table(x)
+    table, step = packed or (x.transpose(1, 2).flatten(2).flatten(0, 1), 1)
+    bags = table_rows(begin[:, : num + 1], tokens, 1).flatten()
+    rows = table_rows(order, tokens, step).flatten()
+    means = F.embedding_bag(rows, table, bags, mode="mean")
+    return means.view(batch, num + 1, table.shape[1])[:, 1:], sizes.to(table.dtype)
 
 
 def clustered_attention(
@@ -111,19 +127,22 @@ def clustered_attention(
     solver: Callable[[Tensor, Tensor], Tensor],
     *,
     scale: float | None = None,
-    more_rows: Tensor | None = None,
+    rows: Tensor | None = None,
     keys: Tensor | None = None,
     bias: Tensor | None = None,
-    distinct: bool = True,
+    distinct: bool | None = None,
     exact_rows: int = 0,
+    own: tuple[Tensor, Tensor] | None = None,
+    sunk: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Attention to clusters of tokens, with values that fit the exact rows of the landmarks.
+    """Attention to clusters of tokens, with values that fit exact rows of attention.
 
     out = softmax(s Q C' + log w) V', with the mean key C and the size w of each cluster. V' is
-    the landmarks' own value Vp, put right where the landmarks' exact outputs say so:
-    V' = Vp + Z(A) (softmax(s Qp K') V - A Vp), A = softmax(s Qp C' + log w). With every token a
-    landmark this is exact attention, and whatever Z damps falls back to plain attention to
-    clusters instead of to zero.
+    the landmarks' own value Vp, put right where the exact outputs of some tokens r, by default
+    the landmarks, say so:
+    V' = Vp + Z(A) (softmax(s Qr K') V - A Vp), A = softmax(s Qr C' + log w).
+    With every token a landmark this is exact attention, and whatever Z damps falls back to plain
+    attention to clusters instead of to zero.
 
     Args:
         q: queries `[b h n d]`.
@@ -134,21 +153,25 @@ def clustered_attention(
             `[b h n]` where heads have their own.
         solver: (A `[b h r m]`, B `[b h r d]`) -> Z(A) B.
         scale: factor of the logits; None = d^-1/2.
-        more_rows: tokens whose exact outputs V' must fit beside those of the landmarks, long
-            `[b t]`; then A has r = m + t rows.
+        rows: tokens whose exact outputs V' must fit, long `[b r]`, or `[b h r]`; None = the
+            landmarks.
         keys: bool `[b n]`, True = may be attended to; None = all. Landmarks must be such keys, and
             other tokens in no cluster.
         bias: added to the logits, broadcastable to `[b h n n]`; None = nothing. A cluster has
             that of its landmark.
-        distinct: False where landmarks may repeat though `keys` is None.
-        exact_rows: give so many of the first landmarks their exact outputs.
+        distinct: whether no landmark repeats; None = none does without `keys`, and may with them.
+        exact_rows: give so many of the first of `rows` their exact outputs.
+        own: tokens that see themselves beside `keys` (`type2`), as `token_rows` gives them: long
+            `[b t]`, and bool `[b t]`, False = padding.
+        sunk: tokens whose values count as zero (stage `sink`), in the same form; `v` holds what
+            they were. With `own` each of those sees its own value alone among them.
 
     Returns:
         `[b h n d]`.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or there are a bias and tokens in `own` or `sunk`.
 
     Source: the chain of Xiong et al. 2021 (Nystroemformer); sizes in the logits as in the
     proportional attention of Bolya et al. 2023 (ToMe).
@@ -163,21 +186,30 @@ def clustered_attention(
     if keys is not None:
         check_bool("keys", keys, (q.shape[0], k.shape[2]))
     tokens = landmarks
-    if more_rows is not None:
-        more = more_rows if landmarks.ndim == 2 else each_head(more_rows).expand(*q.shape[:2], -1)
-        tokens = torch.cat([landmarks, more], dim=-1)
+    if rows is not None:
+        check_landmarks(rows, q)
+        tokens = rows
+    if bias is not None and (own is not None or sunk is not None):
+        raise ValueError("Expected no bias with own or sunk.")
     means, sizes = cluster_means(k, members, landmarks.shape[-1])
     sizes = each_head(sizes)
+    dead = None if distinct or distinct is None and keys is None else sizes == 0
     # A repeated landmark has no cluster: log 0 keeps everybody from it.
     columns = corner = sizes.log()[:, :, None]
-    rows = None
+    seen = None
     if bias is not None:
         bias = bias.expand(*q.shape[:3], k.shape[2])
-        rows = gather_tokens(bias, tokens)  # [b h r n]
+        seen = gather_tokens(bias, tokens)  # [b h r n]
         columns = columns + gather_tokens(bias.mT, landmarks).mT  # [b h n m]
         corner = gather_tokens(columns, tokens)  # [b h r m]
     if keys is not None:
-        rows = only_keys(keys, rows)
+        seen = only_keys(keys, seen)
+    scale = default_scale(q) if scale is None else scale
+    prior = gather_tokens(v, landmarks)
+    few = None
+    if sunk is not None:
+        few = _WithoutSunk(k, v, sunk)
+        prior = prior.masked_fill(few.holds(landmarks)[..., None], 0)
     out, exact = nystrom_chain(
         q,
         k,
@@ -185,16 +217,68 @@ def clustered_attention(
         gather_tokens(q, tokens),
         means,
         solver,
-        scale=default_scale(q) if scale is None else scale,
-        rows=rows,
-        columns=columns.to(q.dtype),
+        scale=scale,
+        rows=seen,
+        columns=columns,
         corner=corner,
-        dead=None if keys is None and distinct else sizes == 0,
-        prior=gather_tokens(v, landmarks),
+        dead=dead,
+        gone=None if dead is None or rows is None else repeated_landmarks(rows),
+        prior=prior,
+        gather=few,
     )
-    if not exact_rows:
+    if exact_rows:
+        out = _put_rows(out, tokens[..., :exact_rows], exact[:, :, :exact_rows])
+    if own is None:
         return out
-    index = each_head(landmarks)[:, :, :exact_rows, None].expand(-1, q.shape[1], -1, q.shape[3])
+    rows, valid = own
+    asks, now = gather_tokens(q, rows), gather_tokens(out, rows)
+    logits = scale * (asks @ means.mT)  # [b h t m]
+    others = whole = (logits + columns).logsumexp(-1, keepdim=True)
+    if sunk is not None:  # they are in a cluster
+        home = each_head(members).gather(2, rows[:, None].expand(-1, sizes.shape[1], -1))
+        rest = sizes[:, :, None] - F.one_hot(home, sizes.shape[2])
+        others = (logits + rest.log()).logsumexp(-1, keepdim=True)
+    alone = scale * (asks * gather_tokens(k, rows)).sum(-1, keepdim=True)
+    total = torch.logaddexp(alone, others)
+    right = now * (whole - total).exp() + gather_tokens(v, rows) * (alone - total).exp()
+    return _put_rows(out, rows, torch.where(valid[:, None, :, None], right, now))
+
+
+def _put_rows(out: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+    """`[b h n d]` with rows `[b h t d]` in the place of tokens long `[b t]` or `[b h t]`."""
+    index = each_head(tokens)[..., None].expand_as(rows)
     if out.requires_grad:  # the fused kernel keeps its output for the backward pass
-        return out.scatter(2, index, exact[:, :, :exact_rows])
-    return out.scatter_(2, index, exact[:, :, :exact_rows])
+        return out.scatter(2, index, rows)
+    return out.scatter_(2, index, rows)
+
+
+class _WithoutSunk:
+    """Exact rows of attention in which the values of some tokens T count as zero.
+
+    What T hands out is taken off again, which needs no copy of the values.
+
+    Args:
+        k: keys `[b h n d]`.
+        v: values `[b h n d]`.
+        sunk: T as `token_rows` gives it.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, sunk: tuple[Tensor, Tensor]) -> None:
+        self.rows, self.valid = sunk
+        self.keys, self.values = gather_tokens(k, self.rows), gather_tokens(v, self.rows)
+
+    def holds(self, landmarks: Tensor) -> Tensor:
+        """Which landmarks are in T: bool `[b 1|h m]`."""
+        same = each_head(landmarks)[..., None] == self.rows[:, None, None]
+        return (same & self.valid[:, None, None]).any(-1)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, scale: float
+    ) -> Tensor:
+        """Called as `scaled_dot_product_attention` is."""
+        out, lse = attention_with_lse(q, k, v, scale=scale, mask=attn_mask)
+        if lse is None:  # the kernel does not say
+            logits, bias = scale * (q @ k.mT), as_bias(attn_mask, q.dtype)
+            lse = (logits if bias is None else logits + bias).logsumexp(-1)
+        logits = (scale * (q @ self.keys.mT)).masked_fill(~self.valid[:, None, None], -torch.inf)
+        return out - (logits - lse[..., None]).exp() @ self.values

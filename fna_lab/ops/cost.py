@@ -51,24 +51,27 @@ def clustered_flops(
     head_dim: int,
     landmarks: int,
     *,
-    rows: int = 1,
+    rows: int | None = None,
     sketch: int | None = None,
 ) -> int:
-    """Attention to clusters of one picture: a thin attention, `rows` more, means, a ridge solve.
+    """Attention to clusters of one picture: two thin attentions, means, a ridge solve.
 
-    `sketch` is the number of dimensions in which tokens seek their landmark; None = all.
+    `rows` is the number of tokens whose exact outputs are fitted, None = one a landmark; `sketch`
+    that of the dimensions in which tokens seek their landmark, None = all.
     """
+    rows = landmarks if rows is None else rows
     _positive(tokens=tokens, heads=heads, head_dim=head_dim, landmarks=landmarks, rows=rows)
     channels = heads * head_dim
-    thin = subset_flops(tokens, heads, head_dim, landmarks)
+    thin = [subset_flops(tokens, heads, head_dim, marks) for marks in (landmarks, rows)]
     dims = min(sketch or channels, channels)
     seek = 2 * tokens * landmarks * dims + (2 * tokens * channels * dims if dims < channels else 0)
     means = tokens * channels  # sums; a product, where that is faster, counts as no more
-    kernel = 2 * heads * rows * landmarks**2 * 2 * head_dim  # A and A Vp
-    # A'A, Cholesky (m^3 / 3), A'B and two triangular solves.
-    cube = 2 * rows * landmarks**3 + landmarks**3 // 3
-    solve = heads * (cube + 2 * (rows + 1) * landmarks**2 * head_dim)
-    return (1 + rows) * thin + seek + means + kernel + solve
+    kernel = 2 * heads * rows * landmarks * 2 * head_dim  # A and A Vp
+    # The smaller Gram matrix of A, Cholesky (a third of a cube), two triangular solves and A'.
+    small = min(rows, landmarks)
+    cube = 2 * rows * landmarks * small + small**3 // 3
+    solve = heads * (cube + 2 * (rows * landmarks + small**2) * head_dim)
+    return sum(thin) + seek + means + kernel + solve
 
 
 def farthest_points_flops(tokens: int, channels: int, landmarks: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fna_lab.ops.checks import check_bool, check_float
-from fna_lab.ops.solvers import check_square
+from fna_lab.ops.solvers import check_matrix
 
 # The largest condition number that is told: float64 knows nothing beyond it.
 SINGULAR = 1e16
@@ -129,16 +129,16 @@ def condition_number(kernel: Tensor) -> Tensor:
     """Largest over smallest singular value.
 
     Args:
-        kernel: A `[... m m]`.
+        kernel: A `[... r m]`.
 
     Returns:
         `[...]`, float64, at most 1e16, which stands for singular.
 
     Raises:
         TypeError: `kernel` is not a floating tensor.
-        ValueError: it is not square.
+        ValueError: it is no matrix.
     """
-    check_square(kernel)
+    check_matrix(kernel)
     values = torch.linalg.svdvals(kernel.double())
     return values[..., 0] / torch.maximum(values[..., -1], values[..., 0] / SINGULAR)
 
@@ -150,44 +150,52 @@ def inverse_residual(kernel: Tensor, solve: Solve) -> Tensor:
     residual alone does not say that the solver is bad; 1 is what Z = 0 has.
 
     Args:
-        kernel: A `[b h m m]`.
-        solve: (A, B `[b h m m]`) -> Z(A) B, linear in B.
+        kernel: A `[b h r m]`, r <= m: with more rows than columns nothing is an inverse.
+        solve: (A, B `[b h r r]`) -> Z(A) B, linear in B.
 
     Returns:
         `[b h]`, float64, Frobenius norms.
 
     Raises:
         TypeError: `kernel` is not a floating tensor.
-        ValueError: it is not square.
+        ValueError: it has more rows than columns.
     """
-    check_square(kernel)
-    eye = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
-    eye = eye.expand_as(kernel).contiguous()
+    check_matrix(kernel)
+    rows = kernel.shape[-2]
+    if rows > kernel.shape[-1]:
+        raise ValueError(
+            f"Expected kernel [... r m] with r <= m, got {tuple(kernel.shape)}: nothing is its "
+            "inverse."
+        )
+    eye = torch.eye(rows, dtype=kernel.dtype, device=kernel.device)
+    eye = eye.expand(*kernel.shape[:-2], rows, rows).contiguous()
     return solve_residual(kernel, solve(kernel, eye), eye)
 
 
 def solve_residual(kernel: Tensor, solution: Tensor, values: Tensor) -> Tensor:
-    """||A X - B|| / ||B||: how far a solution misses the landmarks' own exact outputs.
+    """||A X - B|| / ||B||: how far a solution misses the exact outputs that it is to fit.
 
     Row by row, B is the exact attention of the landmark queries, and A X what the approximation
     gives them.
 
     Args:
-        kernel: A `[... m m]`.
+        kernel: A `[... r m]`.
         solution: X = Z(A) B `[... m d]`.
-        values: B `[... m d]`.
+        values: B `[... r d]`.
 
     Returns:
         `[...]`, float64; 0 where B and A X are zero, infinite where X is not finite.
 
     Raises:
         TypeError: `kernel` is not a floating tensor.
-        ValueError: it is not square, or shapes do not fit.
+        ValueError: it is no matrix, or shapes do not fit.
     """
-    check_square(kernel)
-    if solution.shape != values.shape or values.shape[-2] != kernel.shape[-1]:
+    check_matrix(kernel)
+    *lead, rows, marks = kernel.shape
+    wanted = (*lead, marks, values.shape[-1]), (*lead, rows, values.shape[-1])
+    if (tuple(solution.shape), tuple(values.shape)) != wanted:
         raise ValueError(
-            f"Expected solution and values to be [... {kernel.shape[-1]} d], got "
+            f"Expected solution [... {marks} d] and values [... {rows} d], got "
             f"{tuple(solution.shape)} and {tuple(values.shape)}."
         )
     wrong = (kernel.double() @ solution.double() - values.double()).flatten(-2).norm(dim=-1)

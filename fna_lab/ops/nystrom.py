@@ -124,11 +124,13 @@ def nystrom_chain(
     columns: Tensor | None = None,
     corner: Tensor | None = None,
     dead: Tensor | None = None,
+    gone: Tensor | None = None,
     prior: Tensor | None = None,
+    gather: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The three products of Nystroem attention, for landmarks given as vectors.
 
-    There may be more landmark queries than landmark keys (r > m), if `solve` takes such an A.
+    There may be more or fewer landmark queries than landmark keys, if `solve` takes such an A.
 
     On CUDA Triton kernels take the two long ones, see `fna_lab.ops.kernels.switch`; the
     environment variable `FNA_LAB_TRITON=0` keeps to torch. A and Z(A) are torch's, in at least
@@ -138,7 +140,7 @@ def nystrom_chain(
         q: queries `[b h n d]`.
         k: keys `[b h n d]`.
         v: values `[b h n d]`.
-        q_marks: landmark queries `[b h r d]`, r >= m.
+        q_marks: landmark queries `[b h r d]`.
         k_marks: landmark keys `[b h m d]`.
         solve: (A `[b h r m]`, B `[b h r d]`) -> Z(A) B.
         scale: factor of the logits.
@@ -147,13 +149,16 @@ def nystrom_chain(
         corner: added to the logits of A, broadcastable to `[b h r m]`.
         dead: landmarks that stand for nothing, bool `[b m]` or `[b h m]`; `columns` must leave
             them out too.
+        gone: queries that tell nothing, bool `[b r]` or `[b h r]`; None = those of the dead
+            landmarks, which then must be the first m.
         prior: values P `[b h m d]` that the solution departs from: P + Z(A) (B - A P).
+        gather: what takes softmax(s Qp K') V, called as `scaled_dot_product_attention` is.
 
     Returns:
         The approximation `[b h n d]`, and the exact rows of the landmark queries `[b h r d]`.
     """
-    gather, spread = chain_products(q, k, v, q_marks, k_marks, rows=rows, columns=columns)
-    exact = gather(q_marks, k, v, attn_mask=rows, scale=scale)
+    few, spread = chain_products(q, k, v, q_marks, k_marks, rows=rows, columns=columns)
+    exact = (gather or few)(q_marks, k, v, attn_mask=rows, scale=scale)
     with full_precision(q):
         wide = torch.promote_types(q.dtype, torch.float32)
         logits = scale * (q_marks.to(wide) @ k_marks.to(wide).mT)
@@ -162,19 +167,25 @@ def nystrom_chain(
         if dead is not None:
             dead = each_head(dead)
             logits = logits.masked_fill(dead[:, :, None], -torch.inf)
-            alone = torch.full_like(logits[0, 0], -torch.inf).fill_diagonal_(0)
-            gone = F.pad(dead, (0, logits.shape[2] - dead.shape[2]))[..., None]
-            logits = torch.where(gone, alone, logits)
-            gathered = gathered.masked_fill(gone, 0)
+            if gone is None:  # A stays one that can be inverted
+                alone = torch.full_like(logits[0, 0], -torch.inf).fill_diagonal_(0)
+                logits = torch.where(dead[..., None], alone, logits)
+                gathered = gathered.masked_fill(dead[..., None], 0)
+        kernel = logits.softmax(-1)
+        if gone is not None:
+            gone = each_head(gone)[..., None]
+            kernel, gathered = kernel.masked_fill(gone, 0), gathered.masked_fill(gone, 0)
         # Solvers may return columns side by side, which the fused kernel reads at a third of its
         # speed.
-        kernel = logits.softmax(-1)
         if prior is None:
             solved = solve(kernel, gathered)
         else:
             prior = prior.to(wide)
             solved = prior + solve(kernel, gathered - kernel @ prior)
         solved = solved.to(v.dtype).contiguous()
+    plain = spread is F.scaled_dot_product_attention and q.device.type != "cpu"
+    if plain and columns is not None and columns.is_floating_point():
+        columns = columns.to(q.dtype)  # elsewhere a wider bias is closer, and costs nothing
     return spread(q, k_marks, solved, attn_mask=columns, scale=scale), exact
 
 
@@ -218,30 +229,43 @@ def subset_attention(
 
 def gather_tokens(x: Tensor, landmarks: Tensor) -> Tensor:
     """Rows of the landmarks: `[b h n d]`, long `[b m]` or `[b h m]` -> `[b h m d]`."""
+    packed = packed_table(x) if landmarks.ndim == 2 else None
+    if packed is not None:  # whole rows at a time
+        table, step = packed
+        rows = F.embedding(table_rows(landmarks, x.shape[2], step), table)
+        return rows.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
     index = each_head(landmarks)[..., None]
     return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def token_table(x: Tensor) -> tuple[Tensor, int]:
+def packed_table(x: Tensor) -> tuple[Tensor, int] | None:
     """All heads of a token as one row, without a copy where the host packs q, k and v.
 
     Args:
         x: `[b h n d]`.
 
     Returns:
-        A table `[rows h*d]` and a step: token t of picture i is its row (i n + t) step.
+        A table `[rows h*d]` and a step: token t of picture i is its row (i n + t) step. None where
+        only a copy has such rows, or gradients are asked for.
     """
     batch, heads, tokens, dim = x.shape
     width = heads * dim
-    rows = x.transpose(1, 2)  # [b n h d], as a projection leaves it
-    apart, stride, *inner = rows.stride()
-    packed = inner == [dim, 1] and stride % width == 0 and (batch == 1 or apart == tokens * stride)
+    apart, across, stride, inner = x.stride()
+    packed = inner == 1 and across == dim and stride % width == 0
+    packed = packed and (batch == 1 or apart == tokens * stride)
     if not packed or x.requires_grad or torch.compiler.is_compiling() or x.numel() == 0:
-        return rows.reshape(batch * tokens, width), 1
+        return None
     step = stride // width
     # What lies between two of these rows are rows of the others, which nobody asks for.
     size = ((batch * tokens - 1) * step + 1, width)
     return x.as_strided(size, (width, 1), x.storage_offset()), step
+
+
+def table_rows(index: Tensor, tokens: int, step: int) -> Tensor:
+    """Rows of a `packed_table` for tokens long `[b m]` of pictures of so many tokens."""
+    if len(index) > 1:
+        index = index + torch.arange(0, len(index) * tokens, tokens, device=index.device)[:, None]
+    return index if step == 1 else index * step
 
 
 def each_head(found: Tensor) -> Tensor:
@@ -272,10 +296,11 @@ def only_keys(keys: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """Switches autocast off where the device has it."""
-    if not torch.amp.is_autocast_available(x.device.type):
+    """Switches autocast off where it is on."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
+    return torch.autocast(kind, enabled=False)
 
 
 def _solve(

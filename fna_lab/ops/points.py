@@ -80,7 +80,7 @@ def farthest_points(
     if points.dtype == torch.float32 and use_kernels(points):
         from fna_lab.ops.kernels.points import farthest_points as on_chip
 
-        return on_chip(points, num, first, allowed, repeats)
+        return on_chip(points, num, first, allowed, repeats, in_place=False)
     near = _GramDistance(points) if gram else _DirectDistance(points)
     if repeats is None or allowed is not None:
         return _sample(near, num, first, allowed)

@@ -56,7 +56,8 @@ def ridge_solve(kernel: Tensor, values: Tensor, ridge: float = 1e-3) -> Tensor:
     """Apply the ridge inverse without forming it: (A'A + ridge I)^-1 A' B.
 
     Args:
-        kernel: A `[... r m]`; with r > m this is a fit by least squares.
+        kernel: A `[... r m]`; with r > m this is a fit by least squares, with r < m the smallest
+            solution: A' (A A' + ridge I)^-1 B.
         values: B `[... r d]`.
         ridge: regularisation lambda > 0, in the units of A squared.
 
@@ -70,9 +71,11 @@ def ridge_solve(kernel: Tensor, values: Tensor, ridge: float = 1e-3) -> Tensor:
     check_matrix(kernel)
     if not ridge > 0:
         raise ValueError(f"Expected ridge to be > 0, got {ridge!r}.")
-    gram = kernel.mT @ kernel
+    wide = kernel.shape[-2] < kernel.shape[-1]  # the smaller of two Gram matrices that do
+    gram = kernel @ kernel.mT if wide else kernel.mT @ kernel
     gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
     # cholesky_ex does not synchronise with the host; the ridge keeps the matrix definite.
     factor = torch.linalg.cholesky_ex(gram).L
     # As close as `cholesky_solve`, and takes less time for a batch of small matrices.
-    return torch.cholesky_inverse(factor) @ (kernel.mT @ values)
+    inverse = torch.cholesky_inverse(factor)
+    return kernel.mT @ (inverse @ values) if wide else inverse @ (kernel.mT @ values)

@@ -22,6 +22,7 @@ def spread_points(
     allowed: Tensor | None = None,
     sketch: int | None = None,
     repeats: int | None = None,
+    barred: int | None = None,
     block: int = 8,
     candidates: int = 128,
 ) -> Tensor:
@@ -43,8 +44,10 @@ def spread_points(
             picks repeat.
         sketch: project the points to so many random dimensions first (`sketch_points`); None = as
             they are.
-        repeats: a promise that at most so many of `first` stand in it before, which saves time
-            where `allowed` is None; None = no promise.
+        repeats: a promise that at most so many of `first` stand in it before, which saves time;
+            None = no promise.
+        barred: a promise that at most so many points are not allowed, which saves time; None = no
+            promise.
         block: most points that a round takes. 1 takes the farthest point each time.
         candidates: most candidates of a round.
 
@@ -67,46 +70,45 @@ def spread_points(
 
         return on_chip(points, num, first, allowed, repeats)
     size, given = points.shape[1], first.shape[1]
-    spare = given - 1 if repeats is None else repeats
-    spare = min(spare if allowed is None else given, num)
-    missing = num - given + spare
-    if not missing:
+    repeats = min(given - 1 if repeats is None else repeats, given, num)
+    gone = 0 if allowed is None else given if barred is None else min(barred, given)
+    spare = min(repeats + gone, given, num)
+    if num == given and not spare:
         return first
-    lost = (first[:, :, None] == first[:, None]).tril(-1).any(2) if spare else None
-    half = torch.linalg.vector_norm(points, dim=-1).square_().mul_(0.5)
-    out = None
-    if allowed is not None:
-        assert lost is not None  # `spare` is positive
-        lost |= ~allowed.gather(1, first)
-        out = ~allowed.gather(1, first)
-    # Half the squared distance to the nearest point taken.
+    lost = out = None
+    if spare:
+        lost = (first[:, :, None] == first[:, None]).tril(-1).any(2)
+        if allowed is not None:
+            out = ~allowed.gather(1, first)
+            lost |= out
+    square = torch.linalg.vector_norm(points, dim=-1).square_()
     runs = min(candidates, size)
     length = -(-size // runs)
-    padded = half.new_full((len(half), runs * length), BARRED)
-    distance = padded[:, :size]
-    given_rows = gather_rows(points, first), half.gather(1, first)
-    distance.copy_(_nearest(points, half, *given_rows, out).scatter_(1, first, TAKEN))
+    # The squared distance to the nearest point taken.
+    rows, own = gather_rows(points, first), square.gather(1, first)
+    distance = _nearest(points, square, rows, own, out).scatter_(1, first, TAKEN)
     if allowed is not None:
         distance.masked_fill_(~allowed, BARRED)
     # Enough runs hold a free point, whatever was taken before.
-    plenty = allowed is None and size - num >= min(block, runs) * length
-    farther = torch.ones((runs, runs), dtype=torch.bool, device=points.device).tril_(-1)
-    rounds = -(-missing // min(block, runs))
-    picks = []
-    for i in range(rounds):
-        count = missing // rounds + int(i < missing % rounds)
-        took, rows, own = _take(points, half, padded.view(len(half), runs, length), farther, count)
+    barred = 0 if allowed is None else size if barred is None else barred
+    plenty = size - num - spare - barred >= min(block, runs) * length
+    # Candidates come farthest first: which of them do not lie farther out than which.
+    nearer = torch.ones((runs, runs), dtype=torch.bool, device=points.device).triu_()
+    picks = [first]
+    counts = _counts(num - given + repeats, spare - repeats, block, runs)
+    for i, count in enumerate(counts):
+        if i:
+            rows, own = gather_rows(points, picks[i]), square.gather(1, picks[i])
+            closer = _nearest(points, square, rows, own).scatter_(1, picks[i], TAKEN)
+            torch.minimum(distance, closer, out=distance)
+        took = _take(points, square, distance, nearer, count)
         if not plenty:
             took = _free(distance, took)
-            rows, own = gather_rows(points, took), half.gather(1, took)
         picks.append(took)
-        if i + 1 < rounds:
-            closer = _nearest(points, half, rows, own).scatter_(1, took, TAKEN)
-            torch.minimum(distance, closer, out=distance)
-    more = torch.cat(picks, dim=1)
     if lost is None:
-        return torch.cat([first, more], dim=1)
+        return torch.cat(picks, dim=1)
     # The last picks take the places of the given points that fell out.
+    more = torch.cat(picks[1:], dim=1)
     place = (lost.cumsum(1) + (num - given - 1)).clamp_(min=0)
     first = torch.where(lost, more.gather(1, place), first)
     return torch.cat([first, more[:, : num - given]], dim=1)
@@ -135,23 +137,38 @@ def _reduced(points: Tensor, sketch: int | None) -> Tensor:
     return points.to(torch.promote_types(points.dtype, torch.float32))
 
 
-def _take(
-    points: Tensor, half: Tensor, distance: Tensor, farther: Tensor, count: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The next points of `spread_points` by distances `[b runs length]`: long `[b count]`.
+def _counts(sure: int, spare: int, block: int, runs: int) -> list[int]:
+    """How many points each round takes: equal rounds of at most `block`.
 
-    Also what those are: `[b count c]`, and half their squares `[b count]`.
+    Those that are spare come with the last round, as long as it has enough candidates.
     """
-    far, index = distance.max(2)
-    runs, length = distance.shape[1:]
+    most = min(block, runs)
+    rounds = max(-(-sure // most), 1)
+    if sure // rounds + spare > runs:
+        sure, spare = sure + spare, 0
+        rounds = -(-sure // most)
+    counts = [sure // rounds + int(i < sure % rounds) for i in range(rounds)]
+    counts[-1] += spare
+    return counts
+
+
+def _take(points: Tensor, square: Tensor, distance: Tensor, nearer: Tensor, count: int) -> Tensor:
+    """The next points of `spread_points` by distances `[b n]`: long `[b count]`."""
+    runs, size = len(nearer), points.shape[1]
+    length = -(-size // runs)
+    padding = runs * length - size
+    padded = F.pad(distance, (0, padding), value=BARRED) if padding else distance
+    far, index = padded.view(-1, runs, length).max(2)
     index = index + torch.arange(0, runs * length, length, device=index.device)
     far, order = far.sort(dim=1, descending=True, stable=True)
-    index = index.gather(1, order).clamp_(max=points.shape[1] - 1)  # a run of padding alone
-    chosen, own = gather_rows(points, index), half.gather(1, index)
-    apart = torch.baddbmm(own[:, :, None] + own[:, None], chosen, chosen.mT, alpha=-1)
-    ahead = apart.clamp_(min=0).masked_fill_(~farther, torch.inf).amin(2)
+    index = index.gather(1, order)
+    if padding >= length:  # a run of padding alone
+        index.clamp_(max=size - 1)
+    chosen, own = gather_rows(points, index), square.gather(1, index)
+    apart = torch.baddbmm(own[:, None], chosen, chosen.mT, alpha=-2)  # less what each row shares
+    ahead = apart.masked_fill_(nearer, torch.inf).amin(2).add_(own).clamp_(min=0)
     place = torch.minimum(far, ahead).topk(count, dim=1).indices
-    return index.gather(1, place), gather_rows(chosen, place), own.gather(1, place)
+    return index.gather(1, place)
 
 
 def _free(distance: Tensor, took: Tensor) -> Tensor:
@@ -168,16 +185,16 @@ def _free(distance: Tensor, took: Tensor) -> Tensor:
 
 
 def _nearest(
-    points: Tensor, half: Tensor, rows: Tensor, own: Tensor, out: Tensor | None = None
+    points: Tensor, square: Tensor, rows: Tensor, own: Tensor, out: Tensor | None = None
 ) -> Tensor:
-    """Half the squared distance of `[b n c]` to the nearest of `[b g c]`: `[b n]`.
+    """The squared distance of `[b n c]` to the nearest of `[b g c]`: `[b n]`.
 
-    `half` and `own` are |x|^2 / 2 of both, `out` bool `[b g]` leaves some out.
+    `square` and `own` are |x|^2 of both, `out` bool `[b g]` leaves some out.
     """
     own = own if out is None else own.masked_fill(out, torch.inf)
     # Tokens lie side by side in the product: the smallest of each is found many at a time.
     return (
-        torch.baddbmm(own[..., None], rows, points.mT, alpha=-1).amin(1).add_(half).clamp_(min=0)
+        torch.baddbmm(own[..., None], rows, points.mT, alpha=-2).amin(1).add_(square).clamp_(min=0)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
@@ -34,9 +35,12 @@ class LandmarkSampler(ABC):
     Attributes:
         reads: `source` = the features that the variant names; `attention` = what `drawn` tells,
             given as one channel.
+        barred: a promise that at most so many tokens of a picture are not allowed; None = no
+            promise.
     """
 
     reads: str = "source"
+    barred: int | None = None
 
     @abstractmethod
     def __call__(
@@ -62,6 +66,12 @@ class LandmarkSampler(ABC):
         Returns:
             Token indices, long `[b m]`.
         """
+
+    def promised(self, barred: int | None) -> LandmarkSampler:
+        """The same sampler, with a promise of how many tokens are `barred` at most."""
+        twin = copy.copy(self)
+        twin.barred = barred
+        return twin
 
     def normed(self, x: Tensor) -> Tensor:
         """What `points` is where `source=normed`: layer-normed tokens `[b n c]` -> `[b n c]`.
@@ -121,7 +131,8 @@ class LandmarkSampler(ABC):
                 f"attn/landmarks={name} needs the patch grid, which this host does not show; "
                 f"use attn/landmarks={instead}."
             )
-        cells = guaranteed.new_tensor(ops.grid_cells(grid, num)) + num_prefix_tokens
+        cells = [num_prefix_tokens + cell for cell in ops.grid_cells(grid, num)]
+        cells = torch.tensor(cells, dtype=torch.long, device=guaranteed.device)
         return torch.cat([guaranteed, cells.expand(guaranteed.shape[0], -1)], dim=1)
 
     def flops(self, tokens: int, channels: int, num: int) -> int:  # noqa: ARG002

@@ -55,6 +55,7 @@ class FarthestPointLandmarks(LandmarkSampler):
             num,
             first=guaranteed,
             allowed=allowed,
+            barred=self.barred,
             sketch=self.sketch,
             block=self.block,
             candidates=max(64, 2 * self.block),

@@ -56,8 +56,10 @@ class GridFarthestPointLandmarks(LandmarkSampler):
             num,
             first=first,
             allowed=allowed,
+            barred=self.barred,
             sketch=self.sketch,
-            repeats=guaranteed.shape[1],  # a guaranteed token may lie on a cell of the grid
+            # A guaranteed patch token may lie on a cell of the grid.
+            repeats=max(0, guaranteed.shape[1] - num_prefix_tokens),
             block=40,  # the grid covers the picture already: few rounds cost no fidelity
         )
 

@@ -64,6 +64,7 @@ class JointLandmarks(LandmarkSampler):
             num,
             first=None if first is None or first.shape[1] == 0 else first,
             allowed=None if allowed is None else allowed[:, part],
+            barred=self.barred,
             sketch=self.sketch,
             block=self.block,
             candidates=max(128, self.block),

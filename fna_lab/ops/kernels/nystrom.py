@@ -5,6 +5,9 @@ and V, with the keys dealt out to several programs whose parts are put together 
 log-sum-exp. `attend_to_few` is softmax(s Q Kp') V' for many queries and few keys: Kp and V' are
 read once by each program and stay on chip while it goes through its blocks of queries.
 
+Either takes a mask that is alike for all queries: which keys may be attended to, or a bias of each
+key. It is read once where keys are, and costs one multiply-add a logit.
+
 Both read their inputs in the host's strides, add up in float32, and write `[b h n d]` as a view of
 `[b n h d]`, so that the host merges its heads without a copy. float32 is multiplied in three TF32
 products, which keep its precision, or in one where PyTorch is told to use TF32.
@@ -26,7 +29,7 @@ from torch import Tensor
 # are worth a program of their own.
 PROGRAMS = 264
 LEAST_BLOCKS = 4
-LOG2_E = 1.4426950408889634
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def attend_few(
@@ -38,8 +41,9 @@ def attend_few(
         q: queries `[b h m d]`.
         k: keys `[b h n d]`.
         v: values `[b h n e]`.
-        attn_mask: bool `[b 1 1 n]`, True = may be attended to; None = all. A picture without a key
-            gets zeros.
+        attn_mask: of each key, `[b h 1 n]`, or 1 in place of b and of h: bool, True = may be
+            attended to; or float16, bfloat16 or float32, added to the logits, -inf = may not be.
+            None = all may. Rows without a key get zeros.
         scale: factor of the logits.
 
     Returns:
@@ -58,8 +62,9 @@ def attend_to_few(
         k: keys `[b h m d]`; they stay on chip where they fit, see `resident`, and are else read
             in blocks.
         v: values `[b h m e]`.
-        attn_mask: bool `[b 1 1 m]`, True = may be attended to; None = all. A picture without a key
-            gets zeros.
+        attn_mask: of each key, `[b h 1 m]`, or 1 in place of b and of h: bool, True = may be
+            attended to; or float16, bfloat16 or float32, added to the logits, -inf = may not be.
+            None = all may. Rows without a key get zeros.
         scale: factor of the logits.
 
     Returns:
@@ -71,7 +76,7 @@ def attend_to_few(
 
 
 def _keys(attn_mask: Tensor | None, k: Tensor) -> Tensor | None:
-    return None if attn_mask is None else attn_mask[:, 0, 0].expand(k.shape[0], k.shape[2])
+    return None if attn_mask is None else attn_mask[:, :, 0].expand(k.shape[:3])
 
 
 @torch.library.custom_op("fna_lab::attend_few", mutates_args=())
@@ -93,7 +98,7 @@ def _attend_few(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, scale: flo
         few_queries[(batch * heads, rows, parts)](
             q, k, v, keys, out, partial, weight,
             *q.stride(), *k.stride(), *v.stride(), *_strides(keys), *out.stride(),
-            heads, marks, size, width, value_width, scale * LOG2_E, span,
+            heads, marks, size, width, value_width, scale * LOG2_E.value, span,
             PARTS=parts > 1, **_products(q.dtype), **meta,
         )  # fmt: skip
         if parts > 1:
@@ -119,7 +124,7 @@ def _attend_to_few(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, scale: 
         many_queries[(batch * heads, triton.cdiv(size, span))](
             q, k, v, keys, out,
             *q.stride(), *k.stride(), *v.stride(), *_strides(keys), *out.stride(),
-            heads, size, marks, width, value_width, scale * LOG2_E, span,
+            heads, size, marks, width, value_width, scale * LOG2_E.value, span,
             **_products(q.dtype), **meta,
         )  # fmt: skip
     return out
@@ -136,8 +141,8 @@ def _empty(q: Tensor, v: Tensor) -> Tensor:
     return q.new_empty((batch, size, heads, v.shape[3])).transpose(1, 2)
 
 
-def _strides(keys: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if keys is None else (keys.stride(0), keys.stride(1))
+def _strides(keys: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if keys is None else keys.stride()
 
 
 def _products(dtype: torch.dtype) -> dict[str, str | bool]:
@@ -213,9 +218,25 @@ def multiply(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def key_bias(keys, columns, stride, last):
+    """What the mask adds to the logits of a block of keys, to base 2; -inf outside."""
+    there = columns < last
+    if keys is None:
+        bias = tl.where(there, 0.0, float("-inf"))
+    elif keys.dtype.element_ty.is_floating():
+        bias = tl.load(keys + columns * stride, mask=there, other=float("-inf"))
+        bias = bias.to(tl.float32) * LOG2_E
+    else:
+        kept = tl.load(keys + columns * stride, mask=there, other=0)
+        bias = tl.where(kept != 0, 0.0, float("-inf"))
+    return bias[None, :]
+
+
+@triton.jit
 def few_queries(
     q, k, v, keys, out, partial, weight,
-    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, keys_b, keys_n, o_b, o_h, o_n, o_d,
+    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
+    keys_b, keys_h, keys_n, o_b, o_h, o_n, o_d,
     heads, marks, size, width, value_width, scale, span,
     PARTS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -230,6 +251,8 @@ def few_queries(
     e = tl.arange(0, BLOCK_E)
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
+    if keys is not None:
+        keys += b * keys_b + h * keys_h
     query = read(q + b * q_b + h * q_h, rows, d, q_n, q_d, marks, width)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -237,14 +260,10 @@ def few_queries(
     last = tl.minimum(part * span + span, size)
     for begin in range(part * span, last, BLOCK_N):
         columns = begin + tl.arange(0, BLOCK_N)
-        keep = columns < last
-        if keys is not None:
-            kept = tl.load(keys + b * keys_b + columns * keys_n, mask=keep, other=0)
-            keep = keep & (kept != 0)
+        bias = key_bias(keys, columns, keys_n, last)
         key = read(k, columns, d, k_n, k_d, last, width)
         value = read(v, columns, e, v_n, v_d, last, value_width)
-        logits = multiply(query, tl.trans(key), PRECISION, WIDEN) * scale
-        logits = tl.where(keep[None, :], logits, float("-inf"))
+        logits = multiply(query, tl.trans(key), PRECISION, WIDEN) * scale + bias
         higher = tl.maximum(top, tl.max(logits, 1))
         # Rows that met no key yet: -inf from -inf would give NaN.
         level = tl.where(higher == float("-inf"), 0.0, higher)
@@ -303,7 +322,8 @@ def put_together(
 @triton.jit
 def many_queries(
     q, k, v, keys, out,
-    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, keys_b, keys_n, o_b, o_h, o_n, o_d,
+    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
+    keys_b, keys_h, keys_n, o_b, o_h, o_n, o_d,
     heads, size, marks, width, value_width, scale, span,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -317,18 +337,16 @@ def many_queries(
     columns = tl.arange(0, BLOCK_M)
     q += b * q_b + h * q_h
     out += b * o_b + h * o_h
-    keep = columns < marks
     if keys is not None:
-        kept = tl.load(keys + b * keys_b + columns * keys_n, mask=keep, other=0)
-        keep = keep & (kept != 0)
+        keys += b * keys_b + h * keys_h
+    bias = key_bias(keys, columns, keys_n, marks)
     key = tl.trans(read(k + b * k_b + h * k_h, columns, d, k_n, k_d, marks, width))
     value = read(v + b * v_b + h * v_h, columns, e, v_n, v_d, marks, value_width)
     begin = tl.program_id(1) * span
     for start in range(begin, tl.minimum(begin + span, size), BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
         query = read(q, rows, d, q_n, q_d, size, width)
-        logits = multiply(query, key, PRECISION, WIDEN) * scale
-        logits = tl.where(keep[None, :], logits, float("-inf"))
+        logits = multiply(query, key, PRECISION, WIDEN) * scale + bias
         top = tl.max(logits, 1)
         top = tl.where(top == float("-inf"), 0.0, top)
         weights = tl.exp2(logits - top[:, None])

@@ -26,9 +26,15 @@ PASS_BLOCK = 1024
 
 
 def farthest_points(
-    points: Tensor, num: int, first: Tensor, allowed: Tensor | None, repeats: int | None
+    points: Tensor,
+    num: int,
+    first: Tensor,
+    allowed: Tensor | None,
+    repeats: int | None,
+    *,
+    in_place: bool = True,
 ) -> Tensor:
-    """Farthest points with the rules of `fna_lab.ops.farthest_points`, which checks arguments.
+    """Farthest points with the rules of `fna_lab.ops`, which checks arguments.
 
     Args:
         points: float32 `[b n c]`.
@@ -36,18 +42,28 @@ def farthest_points(
         first: points to take first, long `[b g]`, at least one and at most `num`.
         allowed: bool `[b n]`, False = never taken; None = all.
         repeats: a promise that at most so many of `first` repeat another one; None = no promise.
+        in_place: the rules of `spread_points`: all of `first` that can be taken are taken at once
+            and keep their places. Else those of `farthest_points`.
 
     Returns:
         Indices, long `[b num]`.
     """
-    # Only known, allowed points can be taken in one go: others give way one after the other.
-    together = repeats is not None and allowed is None
-    return _farthest_points(points, first, allowed, num, repeats or 0, together)
+    given = first.shape[1]
+    together = in_place or (repeats is not None and allowed is None)
+    spare = given - 1 if repeats is None else min(repeats, given)
+    spare = spare if allowed is None else given
+    return _farthest_points(points, first, allowed, num, spare, together, in_place)
 
 
 @torch.library.custom_op("fna_lab::farthest_points", mutates_args=())
 def _farthest_points(
-    points: Tensor, first: Tensor, allowed: Tensor | None, num: int, repeats: int, together: bool
+    points: Tensor,
+    first: Tensor,
+    allowed: Tensor | None,
+    num: int,
+    spare: int,
+    together: bool,
+    in_place: bool,
 ) -> Tensor:
     batch, size, channels = points.shape
     given = first.shape[1]
@@ -55,6 +71,7 @@ def _farthest_points(
     first = first.contiguous()
     picks = first[:, :1].repeat(1, num)
     count = first.new_zeros(batch)
+    holes = torch.empty_like(first) if in_place and spare else None
     if together:
         best = points.new_empty((batch, size))
     elif allowed is None:
@@ -66,26 +83,28 @@ def _farthest_points(
             block_c = min(triton.next_power_of_2(channels), 64)
             grid = (batch, triton.cdiv(size, 256))
             slots = triton.next_power_of_2(given)
+            allowed = None if allowed is None else allowed.contiguous()
             take_given[grid](
-                points, first, best, picks, count, size, channels, given, num,
+                points, first, allowed, best, picks, count, holes, size, channels, given, num,
                 SLOTS=slots, BLOCK_N=256, BLOCK_C=block_c, num_warps=8,
             )  # fmt: skip
-            steps, given = num - given + repeats, 0
+            steps = min(num - given + spare, num)
         else:
             steps = num
         if size <= MOST_IN_ONE:
             block_n, block_c, resident, warps = picture_blocks(size, channels)
             sample_picture[(batch,)](
-                points, best, first, picks, count, size, channels, given, num,
-                BLOCK_N=block_n, BLOCK_C=block_c, RESIDENT=resident, num_warps=warps,
+                points, best, first, picks, count, holes, size, channels, given, num,
+                TAKEN=together, BLOCK_N=block_n, BLOCK_C=block_c, RESIDENT=resident,
+                num_warps=warps,
             )  # fmt: skip
         else:
-            _in_passes(points, best, first, picks, count, given, steps)
+            _in_passes(points, best, first, picks, count, holes, steps, together)
     return picks
 
 
 @_farthest_points.register_fake
-def _(points, first, allowed, num, repeats, together):  # noqa: ARG001
+def _(points, first, allowed, num, spare, together, in_place):  # noqa: ARG001
     return first.new_empty((first.shape[0], num))
 
 
@@ -105,8 +124,9 @@ def _in_passes(
     first: Tensor,
     picks: Tensor,
     count: Tensor,
-    given: int,
+    holes: Tensor | None,
     steps: int,
+    together: bool,
 ) -> None:
     batch, channels, size = points.shape
     blocks = triton.cdiv(size, PASS_BLOCK)
@@ -119,9 +139,9 @@ def _in_passes(
         old = 1 - new
         pass_over[(batch, blocks)](
             points, best if step < 0 else distances[old], distances[new],
-            peaks[old], places[old], peaks[new], places[new], first, picks, count,
-            step, size, channels, given, picks.shape[1], blocks,
-            START=step < 0, BLOCK_N=PASS_BLOCK, BLOCK_C=16,
+            peaks[old], places[old], peaks[new], places[new], first, picks, count, holes,
+            step, size, channels, first.shape[1], picks.shape[1], blocks,
+            START=step < 0, TAKEN=together, BLOCK_N=PASS_BLOCK, BLOCK_C=16,
             BLOCKS=triton.next_power_of_2(blocks), num_warps=8,
         )  # fmt: skip
 
@@ -146,9 +166,11 @@ def squared_distances(
 def take_given(
     points,
     first,
+    allowed,
     best,
     picks,
     count,
+    holes,
     size,
     channels,
     given,
@@ -157,17 +179,29 @@ def take_given(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Distances to the nearest given point; the given points without repeats, and their count."""
+    """Distances to the nearest given point; the given points that can be taken, and their count.
+
+    With `holes` they keep their places, and those of the others are noted there. `allowed` comes
+    with `holes` alone.
+    """
     picture = tl.program_id(0).to(tl.int64)
     points += picture * channels * size
     first += picture * given
+    if allowed is not None:
+        allowed += picture * size
     tokens = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = tokens < size
     distance = tl.full([BLOCK_N], float("inf"), tl.float32)
     for i in range(given):
         pick = tl.load(first + i)
         near = squared_distances(points, pick, tokens, there, size, channels, BLOCK_N, BLOCK_C)
-        distance = tl.minimum(distance, tl.where(tokens == pick, -0.5, near))
+        near = tl.where(tokens == pick, -0.5, near)
+        if allowed is not None:
+            near = tl.where(tl.load(allowed + pick) != 0, near, float("inf"))
+        distance = tl.minimum(distance, near)
+    if allowed is not None:
+        may = tl.load(allowed + tokens, mask=there, other=0)
+        distance = tl.where(may != 0, distance, -1.0)
     tl.store(best + picture * size + tokens, distance, mask=there)
     if tl.program_id(1) == 0:
         slots = tl.arange(0, SLOTS)
@@ -175,9 +209,15 @@ def take_given(
         taken = 0
         for i in range(given):
             pick = tl.load(first + i)
-            repeated = tl.max(((every == pick) & (slots < i)).to(tl.int32), 0)
-            tl.store(picks + picture * num + taken, pick, mask=repeated == 0)
-            taken += 1 - repeated
+            lost = tl.max(((every == pick) & (slots < i)).to(tl.int32), 0)
+            if allowed is not None:
+                lost = tl.where(tl.load(allowed + pick) != 0, lost, 1)
+            if holes is None:
+                tl.store(picks + picture * num + taken, pick, mask=lost == 0)
+            else:
+                tl.store(picks + picture * num + i, pick, mask=lost == 0)
+                tl.store(holes + picture * given + i - taken, i, mask=lost == 1)
+            taken += 1 - lost
         tl.store(count + picture, taken)
 
 
@@ -188,15 +228,20 @@ def sample_picture(
     first,
     picks,
     count,
+    holes,
     size,
     channels,
     given,
     num,
+    TAKEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
-    """All picks of one picture: given points where they are free, then the farthest."""
+    """All picks of one picture: given points where they are free, then the farthest.
+
+    `TAKEN` says that `take_given` took the given ones.
+    """
     picture = tl.program_id(0).to(tl.int64)
     points += picture * channels * size
     tokens = tl.arange(0, BLOCK_N)
@@ -211,11 +256,16 @@ def sample_picture(
     begin = tl.load(count + picture).to(tl.int32)
     for i in range(begin, num):
         pick = tl.argmax(distance, 0, tie_break_left=True)
-        if i < given:
-            wish = tl.load(first + picture * given + i).to(tl.int32)
-            free = tl.max(tl.where(tokens == wish, distance, -2.0), 0) >= 0
-            pick = tl.where(free, wish, pick)
-        tl.store(picks + picture * num + i, pick.to(tl.int64))
+        if not TAKEN:
+            if i < given:
+                wish = tl.load(first + picture * given + i).to(tl.int32)
+                free = tl.max(tl.where(tokens == wish, distance, -2.0), 0) >= 0
+                pick = tl.where(free, wish, pick)
+        slot = picture * num + i
+        if holes is not None:
+            if i < given:
+                slot = picture * num + tl.load(holes + picture * given + i - begin)
+        tl.store(picks + slot, pick.to(tl.int64))
         if RESIDENT:
             centre = tl.load(points + channel * size + pick, mask=known, other=0.0)
             gap = features - centre[:, None]
@@ -237,6 +287,7 @@ def pass_over(
     first,
     picks,
     count,
+    holes,
     step,
     size,
     channels,
@@ -244,6 +295,7 @@ def pass_over(
     num,
     blocks,
     START: tl.constexpr,
+    TAKEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -260,12 +312,16 @@ def pass_over(
         peak = tl.load(peaks + picture * blocks + every, mask=every < blocks, other=-2.0)
         top = tl.argmax(peak, 0, tie_break_left=True)
         pick = tl.load(places + picture * blocks + top)
-        if step < given:
-            wish = tl.load(first + picture * given + step).to(tl.int32)
-            inside = (wish >= 0) & (wish < size)
-            free = tl.load(old + picture * size + wish, mask=inside, other=-2.0) >= 0
-            pick = tl.where(free, wish, pick)
+        if not TAKEN:
+            if step < given:
+                wish = tl.load(first + picture * given + step).to(tl.int32)
+                inside = (wish >= 0) & (wish < size)
+                free = tl.load(old + picture * size + wish, mask=inside, other=-2.0) >= 0
+                pick = tl.where(free, wish, pick)
         slot = tl.load(count + picture) + step
+        if holes is not None:
+            if slot < given:
+                slot = tl.load(holes + picture * given + step)
         tl.store(picks + picture * num + slot, pick.to(tl.int64), mask=(block == 0) & (slot < num))
         near = squared_distances(points, pick, tokens, there, size, channels, BLOCK_N, BLOCK_C)
         distance = tl.minimum(distance, tl.where(tokens == pick, -0.5, near))

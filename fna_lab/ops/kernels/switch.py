@@ -6,6 +6,8 @@ They are used where all of this holds; everything else takes the torch path, whi
   Triton's interpreter on (`TRITON_INTERPRET=1`, for tests: it is slow);
 - Triton can be imported (PyTorch for CUDA brings it along on Linux);
 - no gradient is asked for;
+- a mask is alike for all queries: which keys may be attended to, or a bias of each key, as the
+  sizes of clusters are (`chain_products`);
 - the environment variable `FNA_LAB_TRITON` is not `0`. It is read at every call (a graph of
   `torch.compile` keeps the path that it was traced with).
 
@@ -58,7 +60,9 @@ def chain_products(
     """What takes softmax(s Qp K') V and softmax(s Q Kp') V' of the Nystroem chain.
 
     The kernels take head dims up to 128, float16, bfloat16 and float32 of one kind, and masks that
-    leave out whole keys. Under autocast float32 stays with torch, which then casts it.
+    are alike for all queries: which keys are left out, or a bias of each key, of any of these
+    kinds. With a mask that differs from query to query torch does it, and under autocast with
+    float32, which it then casts.
 
     Args:
         q: queries `[b h n d]`.
@@ -66,8 +70,8 @@ def chain_products(
         v: values `[b h n d]`.
         q_marks: landmark queries `[b h m d]`.
         k_marks: landmark keys `[b h m d]`.
-        rows: `attn_mask` of landmark queries x keys.
-        columns: `attn_mask` of queries x landmark keys.
+        rows: `attn_mask` of landmark queries x keys, broadcastable to `[b h r n]`.
+        columns: `attn_mask` of queries x landmark keys, broadcastable to `[b h n m]`.
 
     Returns:
         Two functions that are called as `scaled_dot_product_attention` is, with `attn_mask` and
@@ -78,9 +82,10 @@ def chain_products(
         return plain
     if max(q.shape[3], v.shape[3]) > MOST_CHANNELS:
         return plain
-    if not all(_leaves_keys_out(mask) for mask in (rows, columns)):
+    masks = [mask for mask in (rows, columns) if mask is not None]
+    if not all(_is_of_keys(mask) for mask in masks):
         return plain
-    if not use_kernels(q, k, v, q_marks, k_marks):
+    if not use_kernels(q, k, v, q_marks, k_marks, *masks):
         return plain
     if q.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type):
         return plain
@@ -89,8 +94,6 @@ def chain_products(
     return attend_few, attend_to_few
 
 
-def _leaves_keys_out(mask: Tensor | None) -> bool:
-    """Whether an `attn_mask` is bool `[b 1 1 n]`, or None."""
-    if mask is None:
-        return True
-    return mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1
+def _is_of_keys(mask: Tensor) -> bool:
+    """Whether an `attn_mask` is `[b h 1 n]`, or 1 in place of b and h, bool or floating."""
+    return mask.dtype in (torch.bool, *DTYPES) and mask.ndim == 4 and mask.shape[2] == 1
