@@ -69,8 +69,8 @@ def test_values_are_of_the_types_that_signatures_say(option: str) -> None:
 def test_a_value_of_another_type_is_named() -> None:
     node = composed("attn/fna")
     for key, value, said in (
-        ("attn.rows", "x", "attn.rows='x': expected an integer."),
-        ("attn.rows", True, "attn.rows=True: expected an integer."),
+        ("attn.sketch", "x", "attn.sketch='x': expected an integer or null."),
+        ("attn.sketch", True, "attn.sketch=True: expected an integer or null."),
         ("attn.clusters", 1, "attn.clusters=1: expected true or false."),
         ("attn.guarantee", [3], "attn.guarantee=[3]: expected a list of names."),
         ("attn.landmarks.share", "a", "attn.landmarks.share='a': expected a number."),
