@@ -91,11 +91,11 @@ def spread_points(
         distance.masked_fill_(~allowed, BARRED)
     # Enough runs hold a free point, whatever was taken before.
     barred = 0 if allowed is None else size if barred is None else barred
-    plenty = size - num - spare - barred >= min(block, runs) * length
+    counts = _counts(num - given + repeats, spare - repeats, block, runs)
+    plenty = size - num - spare - barred >= max(counts) * length
     # Candidates come farthest first: which of them do not lie farther out than which.
     nearer = torch.ones((runs, runs), dtype=torch.bool, device=points.device).triu_()
     picks = [first]
-    counts = _counts(num - given + repeats, spare - repeats, block, runs)
     for i, count in enumerate(counts):
         if i:
             rows, own = gather_rows(points, picks[i]), square.gather(1, picks[i])
@@ -138,17 +138,18 @@ def _reduced(points: Tensor, sketch: int | None) -> Tensor:
 
 
 def _counts(sure: int, spare: int, block: int, runs: int) -> list[int]:
-    """How many points each round takes: equal rounds of at most `block`.
+    """How many points each round takes: equal rounds of at most `block`, then those to spare.
 
-    Those that are spare come with the last round, as long as it has enough candidates.
+    What the first rounds take does not depend on how many come after: batch mates decide on that.
     """
-    most = min(block, runs)
-    rounds = max(-(-sure // most), 1)
-    if sure // rounds + spare > runs:
-        sure, spare = sure + spare, 0
-        rounds = -(-sure // most)
+    rounds = max(-(-sure // min(block, runs)), 1)
     counts = [sure // rounds + int(i < sure % rounds) for i in range(rounds)]
-    counts[-1] += spare
+    while spare:
+        more = min(spare, runs - counts[-1])
+        counts[-1] += more
+        spare -= more
+        if spare:
+            counts.append(0)
     return counts
 
 
