@@ -324,7 +324,9 @@ def test_two_attentions_in_a_block_are_refused():
         (dict(attn="flash"), ValueError, r"attn='flash': there is no fna_lab.attn.flash"),
         (dict(attn="base"), ValueError, "names no AttentionVariant"),
         (dict(attn=3), TypeError, "attn to be a name"),
-        (dict(attn="fna", landmarks=3), None, None),
+        (dict(attn="fna", landmarks=FarthestPointLandmarks()), None, None),
+        (dict(attn="fna", landmarks="fps"), TypeError, "attn.landmarks='fps': expected attn/land"),
+        (dict(attn="fna", solver="ridge"), TypeError, "attn.solver='ridge': expected attn/solver"),
         (dict(attn="fna", num_marks=3), ValueError, "num_marks.*its settings are: num_landmarks"),
         (dict(attn="fna", num_landmarks=0), ValueError, "num_landmarks=0: expected"),
         (dict(mask="type3"), ValueError, "mask='type3'"),
@@ -341,6 +343,11 @@ def test_bad_settings_are_named(call, error, words):
     with pytest.raises(error, match=words):
         fna_lab.patch(model, **call)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_host_that_is_no_module_is_named():
+    with pytest.raises(TypeError, match="model to be a torch.nn.Module, got 'vit'"):
+        fna_lab.patch("vit", "exact")
 
 
 def test_more_landmarks_than_tokens_is_named():

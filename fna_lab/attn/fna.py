@@ -16,7 +16,7 @@ from fna_lab.attn.landmarks.base import HEAD_SOURCES, LandmarkSampler, source_po
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
 from fna_lab.attn.layers import Counts
 from fna_lab.attn.reduced import LandmarkAttention
-from fna_lab.attn.solver.base import Solver
+from fna_lab.attn.solver.base import Solver, check_solver
 from fna_lab.attn.solver.ridge import RidgeSolver
 
 
@@ -78,6 +78,7 @@ class FastNystromAttention(LandmarkAttention):
         )
         if sketch is not None and (not isinstance(sketch, int) or sketch < 1):
             raise ValueError(f"attn.sketch={sketch!r}: expected an integer >= 1, or null.")
+        check_solver(solver)
         self.solver = solver or RidgeSolver()
         self.rows = _read_rows(rows, clusters=clusters, square=self.solver.square)
         self.sketch = sketch
