@@ -52,14 +52,19 @@ def test_more_rows_are_closer(masked):
 
 
 def test_half_the_landmarks_are_fitted_where_the_solver_can():
-    assert FastNystromAttention().rows == 0.5
-    assert FastNystromAttention(solver=NewtonSchulzSolver()).rows == 1
-    assert FastNystromAttention(clusters=False).rows == 1
-    marks = torch.arange(20).expand(2, -1)
-    for rows, found in ((0.5, [0, 2, 4]), (0.3, [0, 3, 6]), (0.01, [0])):
-        fitted = FastNystromAttention(rows=rows)._fitted(marks, None, 40)
-        assert fitted is not None and fitted[1, :3].tolist() == found
-        assert fitted.shape[1] == max(1, round(20 * rows))
+    marks = torch.arange(90).expand(2, -1)
+
+    def fitted(num, **settings):
+        found = FastNystromAttention(**settings)._fitted(marks[:, :num], None, 100)
+        return list(range(num)) if found is None else found[1].tolist()
+
+    assert fitted(90) == list(range(0, 90, 2))
+    assert fitted(40) == [i * 40 // 32 for i in range(32)] and fitted(20) == list(range(20))
+    assert fitted(90, solver=NewtonSchulzSolver()) == list(range(90))
+    assert fitted(90, clusters=False) == list(range(90))
+    assert fitted(20, rows=0.5) == list(range(0, 20, 2))
+    assert fitted(20, rows=0.3) == [0, 3, 6, 10, 13, 16] and fitted(20, rows=0.01) == [0]
+    assert fitted(20, rows=1.5)[:20] == list(range(20)) and len(fitted(20, rows=1.5)) == 30
 
 
 def test_without_clusters_it_is_the_plain_chain(monkeypatch):
@@ -155,11 +160,11 @@ def test_every_kept_token_a_landmark_is_exact_under_a_mask(pattern, stage, per_h
 @pytest.mark.parametrize("stage", ["mask", "sink"])
 def test_tokens_that_see_themselves_are_as_close_as_others(stage):
     out, exact, gone, _ = masked("type2", stage, num_landmarks=18)
-    error = (out - exact).norm(dim=-1).mean(1) / exact.norm(dim=-1).mean(1)  # [b n]
-    assert error[gone].mean() < 1.5 * error[~gone].mean()
+    error = (out - exact).norm(dim=-1).mean(1)  # [b n]
+    assert error[gone].mean() < 2 * error[~gone].mean()  # half of these are landmarks, and exact
     first, _, _, _ = masked("type1", stage, num_landmarks=18)
-    unlike = (first - exact).norm(dim=-1).mean(1) / exact.norm(dim=-1).mean(1)
-    assert error[0, 19] < 0.05 and unlike[0, 19] > 0.9  # so the bound says something
+    unlike = (first - exact).norm(dim=-1).mean(1)
+    assert error[0, 19] < 0.1 and unlike[0, 19] > 2  # so the bound says something
     torch.testing.assert_close(
         first.transpose(1, 2)[~gone], out.transpose(1, 2)[~gone], rtol=0, atol=0
     )

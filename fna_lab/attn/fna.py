@@ -19,6 +19,9 @@ from fna_lab.attn.reduced import LandmarkAttention
 from fna_lab.attn.solver.base import Solver, check_solver
 from fna_lab.attn.solver.ridge import RidgeSolver
 
+# By default so many landmarks are fitted, where there are as many.
+LEAST_ROWS = 32
+
 
 class FastNystromAttention(LandmarkAttention):
     """Nystroem attention on sampled landmarks, linear in the number of tokens, untrained.
@@ -44,7 +47,8 @@ class FastNystromAttention(LandmarkAttention):
         clusters: let landmarks stand for clusters of tokens.
         rows: tokens whose exact outputs the values are fitted to, for each landmark: 0.5 = every
             second landmark, 1 = the landmarks, 3 = two more tokens for each. More of them fit
-            better, and cost a thin attention each. None = 0.5, and 1 where no other is possible.
+            better, and cost a thin attention each. None = 0.5, but at least 32 landmarks; and 1
+            where no other is possible.
 
     Raises:
         ValueError: a setting is out of range, or `rows` needs another solver.
@@ -169,20 +173,26 @@ class FastNystromAttention(LandmarkAttention):
     def _fitted(self, landmarks: Tensor, keys: Tensor | None, tokens: int) -> Tensor | None:
         """Tokens whose exact outputs are fitted, long `[b r]` or `[b h r]`; None = landmarks."""
         marks = landmarks.shape[-1]
-        if self.rows == 1:
+        count = self._rows_of(marks)
+        if count == marks:
             return None
-        if self.rows < 1:
-            count = max(1, round(self.rows * marks))
+        if count < marks:
             if marks % count == 0:
                 return landmarks[..., :: marks // count]
             return landmarks[..., [i * marks // count for i in range(count)]]
-        count = min(round((self.rows - 1) * marks), tokens)
+        count = min(count - marks, tokens)
         if keys is None:
             keys = torch.ones((len(landmarks), tokens), dtype=torch.bool, device=landmarks.device)
         more = ops.segment_centres(keys, count)  # at equal distances
         if landmarks.ndim == 3:
             more = more[:, None].expand(-1, landmarks.shape[1], -1)
         return torch.cat([landmarks, more], dim=-1)
+
+    def _rows_of(self, marks: int) -> int:
+        """How many exact outputs are fitted with so many landmarks."""
+        if self.rows is None:  # fewer are hardly cheaper, and lose much
+            return max(marks // 2, min(marks, LEAST_ROWS))
+        return max(1, round(self.rows * marks))
 
     def _distinct(self, keys: Tensor | None, context: Context) -> bool:
         """Whether no landmark can repeat among keys bool `[b n]`, as far as the host knows."""
@@ -201,15 +211,15 @@ class FastNystromAttention(LandmarkAttention):
             heads,
             head_dim,
             self.num_landmarks,
-            rows=max(1, round(self.rows * self.num_landmarks)),
+            rows=self._rows_of(self.num_landmarks),
             sketch=self.sketch,
         )
 
 
-def _read_rows(rows: object, *, clusters: bool, square: bool) -> float:
-    """The setting `attn.rows` as a number."""
+def _read_rows(rows: object, *, clusters: bool, square: bool) -> float | None:
+    """The setting `attn.rows`; 1 where nothing else is possible."""
     if rows is None:
-        return 0.5 if clusters and not square else 1
+        return None if clusters and not square else 1
     if isinstance(rows, bool) or not isinstance(rows, int | float) or not 0 < rows < math.inf:
         raise ValueError(f"attn.rows={rows!r}: expected a number > 0, or null.")
     if rows != 1 and not clusters:
