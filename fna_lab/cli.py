@@ -45,7 +45,7 @@ def main() -> None:
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        sys.argv[1:] = spread(smoke(sys.argv[1:], conf_dir()))
+        sys.argv[1:] = spread(smoke(flags_last(sys.argv[1:]), conf_dir()))
         job()
     except Exception as error:
         if error not in failed.values():
@@ -58,6 +58,12 @@ def main() -> None:
     sys.exit(1 if failed else 0)
 
 
+def flags_last(arguments: list[str]) -> list[str]:
+    """Make `attn=fna -m mask=type1,type2` work: settings on both sides of a flag are refused."""
+    flags = [text for text in arguments if text in ("-m", "--multirun")]
+    return [text for text in arguments if text not in flags] + flags
+
+
 def smoke(arguments: list[str], conf: Path) -> list[str]:
     """Put what an experiment's `smoke_overrides` say before the user's own settings.
 
@@ -65,7 +71,9 @@ def smoke(arguments: list[str], conf: Path) -> list[str]:
         ValueError: `smoke=true` without an experiment.
     """
     said = dict(text.split("=", 1) for text in arguments if "=" in text)
-    if said.get("smoke", "false").lower() != "true":
+    if said.get("smoke", "false").lower() not in ("true", "false"):
+        raise ValueError(f"smoke={said['smoke']}: expected true or false.")
+    if said.get("smoke", "false").lower() == "false":
         return arguments
     path = conf / "experiment" / f"{said.get('experiment')}.yaml"
     if "experiment" not in said:
@@ -74,11 +82,25 @@ def smoke(arguments: list[str], conf: Path) -> list[str]:
         return arguments  # Hydra says which experiments there are
     node = OmegaConf.load(path)
     more = OmegaConf.select(node, "smoke_overrides") or []
-    # A setting of an option that the user replaced may not exist; those of data all have.
-    gone = tuple(f"{key}." for key in said if "." not in key and key != "data")
-    mine = [text for text in more if text.split("=")[0] not in said and not text.startswith(gone)]
+    keys = {text: text.split("=")[0] for text in more}
+    # Settings of an option that smoke would have chosen itself are no use with another one.
+    gone = {*keys.values()} & {*said} - {"data"}
+    mine = [
+        text
+        for text, key in keys.items()
+        if key not in said and key.split(".")[0] not in gone and _fits(key, said, conf)
+    ]
     sweeps = OmegaConf.select(node, "hydra.mode") == "MULTIRUN"  # over what smoke names
     return [*mine, *arguments, *(["--multirun"] if sweeps else [])]
+
+
+def _fits(key: str, said: dict[str, str], conf: Path) -> bool:
+    """Whether a setting exists in the option that the user chose of its group, if any."""
+    group, _, name = key.partition(".")
+    if not name or group not in said or group == "data":  # those of data, all data sets have
+        return True
+    paths = [conf / group / f"{option}.yaml" for option in said[group].split(",")]
+    return all(path.is_file() and name.split(".")[0] in OmegaConf.load(path) for path in paths)
 
 
 def spread(arguments: list[str]) -> list[str]:
@@ -118,6 +140,8 @@ def _job(cfg: DictConfig, done: list[Path], failed: dict[str, Exception]) -> dic
     sweep = hydra_cfg.mode == RunMode.MULTIRUN
     try:
         old = None
+        if not isinstance(cfg.force, bool):
+            raise ValueError(f"force={cfg.force!r}: expected true or false.")
         if sweep and not cfg.force:
             config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
             old = record.find(Path(cfg.outputs) / cfg.name, config)

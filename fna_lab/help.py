@@ -47,7 +47,7 @@ def first_comment(path: Path) -> str:
 def explain(error: Exception, conf: Path) -> str:
     """One line that says what is wrong, with the values that would be right where known."""
     text = str(error) or type(error).__name__
-    missing = re.search(r"Could not find '(?P<group>[\w/]+)/(?P<option>[^'/]+)'", text)
+    missing = re.search(r"Could not find '(?P<group>[\w/]+)/(?P<option>[^'/]*)'", text)
     if missing and (conf / missing["group"]).is_dir():
         options = sorted(path.stem for path in (conf / missing["group"]).glob("*.yaml"))
         group, option = missing["group"], missing["option"]
@@ -58,6 +58,19 @@ def explain(error: Exception, conf: Path) -> str:
     unknown = re.search(r"Could not override '(?P<key>[^']+)'", text)
     if unknown:
         return _explain_key(unknown["key"], text)
+    unread = re.match(r"(?s)(?:Error parsing override|no viable .* at input) '(.*?)'", text)
+    if unread:
+        return (
+            f"{unread[1]}: cannot be read; expected group=option or group.setting=value, with "
+            "every bracket and quote closed."
+        )
+    several = re.match(r"Ambiguous value for argument '(.*?)'\n", text)
+    if several:
+        return f"{several[1]}: expected one value; -m runs every value, [a,b] is a list."
+    merged = re.match(r"Error merging override (.*)", text)
+    if merged:
+        key = merged[1].partition("=")[0]
+        return f"{merged[1]}: expected a setting inside it, {key}.NAME=VALUE."
     line = " ".join(part.strip() for part in text.split("\n") if part.strip())
     if isinstance(error, OSError) and error.strerror:  # the system's own: what we read is wrapped
         line = f"outputs: cannot write {error.filename} ({error.strerror})"
@@ -72,6 +85,9 @@ def _explain_key(key: str, text: str) -> str:
     near = re.search(r"Did you mean to override (\S+?)\?", text)
     if near:
         return f"{key}: there is no such group; did you mean {near[1]}? {hint}."
+    group, _, part = key.partition("/")
+    if part:
+        return f"{key}: the {group} that is chosen has no {part}; choose one that has, then {key}."
     if "." in key:
         hint = f"add --cfg job to see the settings of {key.rpartition('.')[0]}"
     return f"{key}: there is no such setting; {hint}."

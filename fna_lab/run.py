@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from fna_lab.attn.layers import parse_layers
 from fna_lab.backbone.base import Backbone, compared
 from fna_lab.backbone.budget import Plan as Solved
-from fna_lab.backbone.budget import solve_budget
+from fna_lab.backbone.budget import check_budget, solve_budget
 from fna_lab.backbone.patch import Patch, patch
 from fna_lab.backbone.plan import check_fit
 from fna_lab.build import build
@@ -46,6 +46,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """
     begin = time.time()
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
+        raise ValueError(f"seed={cfg.seed!r}: expected an integer from 0 to {2**32 - 1}.")
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     backbone: Backbone = build(cfg.backbone)
     data: PictureData = build(cfg.data, transform=backbone.transform)
@@ -60,6 +62,10 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             trainer: L.Trainer = build(
                 cfg.trainer, logger=logger or False, default_root_dir=str(folder)
             )
+            if trainer.world_size != 1:  # each process would measure a part, and write it as all
+                raise ValueError(
+                    f"trainer.devices={cfg.trainer.devices}: expected 1; a run measures on one."
+                )
             trainer.test(task, datamodule=data, verbose=False)
         _check_found(patched)
         record = {
@@ -103,19 +109,19 @@ def plan(
     Returns:
         The patch, that of exact attention, and what kept the budget, None without one.
     """
-    settings = cfg.attn.copy()
-    OmegaConf.set_struct(settings, False)
-    layers: Any = settings.pop("layers", None)
-    budget: Any = settings.pop("budget", None)
+    layers: Any = cfg.attn.get("layers")
+    budget: Any = cfg.attn.get("budget")
     layers = OmegaConf.to_object(layers) if OmegaConf.is_config(layers) else layers
     if layers != "auto" and budget is not None:
         raise ValueError(
             f"attn.budget={budget} chooses the blocks: it goes with attn.layers=auto."
         )
-    attn, mask = build(settings), build(cfg.mask)
+    attn, mask = build(cfg.attn, aside=("layers", "budget")), build(cfg.mask)
     check_fit(attn, mask, backbone.blocks[0])
     anatomy, depth = backbone.anatomy, backbone.depth
-    if layers != "auto":
+    if layers == "auto":
+        check_budget(attn, budget)
+    elif data.name != "none":  # then the backbone is run, on as many tokens
         attn.check_tokens(backbone.num_tokens)
     masked = parse_layers(
         range(anatomy.mask, depth) if mask.layers is None else mask.layers,
@@ -137,15 +143,13 @@ def plan(
         with _calibrating(cfg, backbone, data, attn.calibration_pictures) as pictures:
             attn = attn.calibrate(lambda: backbone(pictures), backbone.blocks)
     if layers == "auto":
-        if budget is None:
-            raise ValueError("attn.layers=auto needs a budget of error, such as attn.budget=0.01.")
         with _calibrating(cfg, backbone, data, cfg.calibration) as pictures:
             log.info("attn.budget=%s: choosing on %d pictures", budget, len(pictures))
             solved = solve_budget(
                 backbone.host,
                 pictures,
                 attn,
-                budget=budget,
+                budget=cfg.attn.budget,
                 features=lambda images: compared(backbone(images)),
                 patching=patching,
             )

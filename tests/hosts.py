@@ -100,7 +100,10 @@ def _hf_dinov2(registers: bool = False) -> nn.Module:
         image_size=80,
         patch_size=16,
     )
-    return model._from_config(config(**shape), attn_implementation="sdpa")
+    host = model._from_config(config(**shape), attn_implementation="sdpa")
+    if registers:  # zero as they are made: equal tokens, between which rounding would choose
+        nn.init.normal_(host.embeddings.register_tokens)
+    return host
 
 
 def _hf(build: Callable[[], nn.Module], prefix: int) -> Host:

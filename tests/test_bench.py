@@ -68,9 +68,10 @@ def test_selection_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, points
             selection, "TimmBackbone", lambda **rest: TimmBackbone(**rest | {"pretrained": False})
         )
     names = ["grid_fps", "fps", "fps:block=4,sketch=32", "random"]
-    arguments = f"--selection --tokens 50 101 --batch 2 --samplers {' '.join(names)} {points}"
+    points = points or "--tokens 50 101"
+    arguments = f"--selection --batch 2 --samplers {' '.join(names)} {points}"
     rows = run(monkeypatch, tmp_path, arguments)["rows"]
-    assert [row["variant"] for row in rows] == names * (1 if points else 2)
+    assert [row["variant"] for row in rows] == names * (2 if "--tokens" in points else 1)
     for row in rows:
         assert row["batch"] == 2 and row["low_ms"] <= row["ms"] <= row["high_ms"]
         exact = row["variant"] == "fps"
@@ -138,3 +139,73 @@ def test_slopes_are_exponents_of_growth() -> None:
 def test_unknown_names_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="error: .*nonsense"):
         run(monkeypatch, tmp_path, "--tokens 50 --variants nonsense")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--samplers fps", "--samplers fps: it does nothing without --selection; leave it out"),
+        ("--checkpoint x.pth", "--checkpoint x.pth: it does nothing without --model"),
+        ("--layers 0-3", "--layers 0-3: it does nothing without --model"),
+        ("--selection --variants exact fna", "--variants exact fna: it does nothing with --sel"),
+        ("--selection --masks type1-sink", "--masks type1-sink: it does nothing with --selection"),
+        ("--selection --block 2", "--block 2: it does nothing without --model"),
+        ("--model vit_tiny_patch16_224 --tokens 50", "--tokens 50: it does nothing with --model"),
+        ("--masked-tokens 9", "--masked-tokens 9: it does nothing without --masks"),
+        (
+            "--tokens 9 50 --masks type1-sink --masked-tokens 9",
+            "--masked-tokens 9: expected at most 8, for CLS stays of the 9 tokens in "
+            "--tokens 9 50",
+        ),
+        ("--model resnet18 --img-size 64", "backbone.img_size=64: resnet18 takes no such setting"),
+        (
+            "--model vit_tiny_patch16_224 --img-size 100",
+            "backbone.img_size=100: expected a multiple of the patch size 16, such as 96 or 112",
+        ),
+        ("--selection --tokens 50 --samplers fps:foo=1", "fps has no setting foo; known: sketch"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: str, said: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, tmp_path, arguments)
+    assert str(ended.value).startswith("error: ") and said in str(ended.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_block_that_is_not_there_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        selection, "TimmBackbone", lambda **rest: TimmBackbone(**rest | {"pretrained": False})
+    )
+    points = "--selection --model vit_tiny_patch16_224 --img-size 64"
+    for block in (12, -1):
+        with pytest.raises(SystemExit, match=f"--block {block}: expected a block from 0 to 11"):
+            run(monkeypatch, tmp_path, f"{points} --block {block}")
+
+
+def test_what_cannot_be_written_or_run_on_is_told_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(attention, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match="error: --out .*file/x: Not a directory"):
+        run(monkeypatch, tmp_path / "file" / "x", "--tokens 50")
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "foo"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "argument --device: 'foo' is no device that is here" in capsys.readouterr().err
+
+
+def test_a_variant_that_needs_more_tokens_is_left_out_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = "--model vit_tiny_patch16_224 --img-size 48"
+    run(monkeypatch, tmp_path, f"{model} --variants exact fna --no-memory --landmarks 8")
+    more = "--variants fna --landmarks 11 --seconds 0.01 --device cpu --out"
+    argv = ["bench", *model.split(), *more.split(), str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    main()
+    assert "fna is left out at 48 px: it needs 11 tokens" in capsys.readouterr().out

@@ -26,6 +26,7 @@ from fna_lab.mask.detector.norm_gap import NormGapDetector
 from fna_lab.mask.type1 import Type1Mask
 
 FEW = (2, 4, 6, 8, 12)
+NOWHERE = ("data=folder", "data.root=/no/such/folder")
 
 
 # --- the knapsack ---
@@ -234,6 +235,7 @@ def test_a_budget_out_of_reach_names_the_smallest_error(budget: float) -> None:
     with pytest.raises(ValueError, match=f"attn.budget={budget}: no choice") as told:
         fna_lab.solve_budget(model, x, "fna", budget=budget, candidates=FEW)
     said = str(told.value)
+    assert "more than 6 cost more than exact" in said  # of 26 tokens
     least = float(said.split("measured is ")[1].split(" ")[0])
     landmarks = {int(i): int(num) for i, num in re.findall(r"(\d+): (\d+)", said)}
     exact = features(host, model, x)
@@ -300,6 +302,10 @@ def test_pictures_come_from_the_bank_where_there_is_one(
             ["attn=fna", "attn.layers=auto", "attn.budget=0.1", "calibration=0"],
             "calibration=0: expected a number of pictures >= 1",
         ),
+        # Before data that is not there is asked for.
+        (["attn=fna", "attn.layers=auto", "attn.budget=0", *NOWHERE], "attn.budget=0: expected"),
+        (["attn=fna", "attn.layers=auto", *NOWHERE], "attn.layers=auto needs a budget of error"),
+        (["attn=tome", "attn.layers=auto", "+attn.budget=0.1", *NOWHERE], "attn=tome has no land"),
         (["attn=fna", "attn.layers=[6,7]", "attn.num_landmarks={6:4}"],
          "attn.num_landmarks={6: 4}: expected one number for each of the replaced blocks 6, 7"),
         (["attn=fna", "attn.guard=-1"], "attn.guard=-1: expected a number > 0"),

@@ -126,6 +126,10 @@ def test_multirun_goes_on_after_a_failure_and_says_so(
     assert len(run("-m", "attn=exact,fna", "attn.layers=7,6", "force=true", *QUICK)) == 8
 
 
+def test_the_flag_of_a_multirun_may_stand_anywhere() -> None:
+    assert len(run("attn=fna", "-m", "attn.layers=6,7", *QUICK)) == 2
+
+
 def test_settings_of_swept_options_need_no_sweep_of_their_own(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -199,6 +203,44 @@ BAD = {
     ),
     "protocol without labels": (["data=photos"], "task=classification needs labels"),
     "unknown protocol": (["task.protocols=[guess]"], "task.protocols=['guess']"),
+    "part as a setting": (["mask=type2", "mask.detector=norm_gap"],
+                          "mask.detector='norm_gap': expected mask/detector=NAME on the command"),
+    "sampler as a setting": (["attn=fna", "attn.landmarks=fps"],
+                             "attn.landmarks='fps': expected attn/landmarks=NAME on the command"),
+    "part that is not there": (["attn/landmarks=fps"],
+                               "attn/landmarks: the attn that is chosen has no landmarks; choose"),
+    "no option": (["attn="], "attn=: there is no such option; expected one of block_svd"),
+    "no equal sign": (["attn", "fna"], "attn: cannot be read; expected group=option"),
+    "open bracket": (["attn.layers=[6,7"], "[6,7: cannot be read; expected group=option"),
+    "several values": (["attn=fna,exact"], "attn=fna,exact: expected one value; -m runs every"),
+    "no true or false": (["attn=fna", "attn.clusters=maybe"],
+                         "attn.clusters='maybe': expected true or false."),
+    "force no true or false": (["force=maybe"], "force='maybe': expected true or false."),
+    "name without a list": (["task.protocols=knn"],
+                            "task.protocols='knn': expected a list of names or null."),
+    "number without a list": (["task.knn_k=5"], "task.knn_k=5: expected a list of integers."),
+    "no neighbours": (["task.knn_k=[0]"], "task.knn_k=[0]: expected a list of integers >= 1."),
+    "temperature": (["task.temperature=0"], "task.temperature=0: expected a number > 0."),
+    "one of two numbers": (["data.objects=9"], "data.objects=9: expected two integers."),
+    "seed of the run": (["seed=-1"], "seed=-1: expected an integer from 0 to 4294967295."),
+    "seed of the data": (["data.seed=x"], "data.seed='x': expected an integer."),
+    "batches of none": (["data.batch_size=0"], "data.batch_size=0: expected an integer >= 1."),
+    "workers": (["data.num_workers=-1"], "data.num_workers=-1: expected an integer >= 0."),
+    "workers no number": (["data.num_workers=x"], "data.num_workers='x': expected an integer"),
+    "precision": (["trainer.precision=foo"], "trainer=cpu: Precision 'foo' is invalid."),
+    "several devices": (["task=fidelity", "data=photos", "trainer=cpu", "trainer.devices=2"],
+                        "trainer.devices=2: expected 1"),
+    "no picture": (["task=fidelity", "data=photos", "data=none"],
+                   "data=none: task=fidelity measures on pictures; expected data"),
+    "sentences for a ViT": (["task=fidelity", "data=photos", "data=sentences"],
+                            "data=sentences holds no pictures: it goes with a backbone that r"),
+    "no ViT": (["backbone=timm", "backbone.name=resnet18", "backbone.pretrained=false"],
+               "backbone.name=resnet18: ResNet is no plain ViT; expected a model of timm"),
+    "no ViT of open_clip": (
+        ["backbone=open_clip", "backbone.name=RN50", "backbone.pretrained=false"],
+        "backbone.name=RN50: its image tower, ModifiedResNet, is no ViT; expected a model",
+    ),
+    "anatomy": (["backbone.anatomy=3"], "backbone.anatomy=3: expected restart, detect, mask"),
     "too many neighbours": (
         ["task.protocols=[knn]", "data.bank_count=3", "data.label=shape"],
         "wants more neighbours than the 3 pictures",

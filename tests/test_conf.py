@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from pathlib import Path
@@ -11,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from fna_lab.build import mistyped
 from fna_lab.cli import conf_dir
 from fna_lab.help import first_comment
 
@@ -56,6 +58,26 @@ def test_settings_bind_to_the_target(option: str) -> None:
     inspect.signature(target).bind(**dict.fromkeys(settings | given))
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         assert settings <= set(parameters)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_values_are_of_the_types_that_signatures_say(option: str) -> None:
+    node = composed(option)
+    assert node.get("_target_") is None or mistyped(node) == ""
+
+
+def test_a_value_of_another_type_is_named() -> None:
+    node = composed("attn/fna")
+    for key, value, said in (
+        ("attn.sketch", "x", "attn.sketch='x': expected an integer or null."),
+        ("attn.sketch", True, "attn.sketch=True: expected an integer or null."),
+        ("attn.clusters", 1, "attn.clusters=1: expected true or false."),
+        ("attn.guarantee", [3], "attn.guarantee=[3]: expected a list of names."),
+        ("attn.landmarks.share", "a", "attn.landmarks.share='a': expected a number."),
+    ):
+        wrong = copy.deepcopy(node)
+        OmegaConf.update(wrong, key.removeprefix("attn."), value)
+        assert mistyped(wrong) == said
 
 
 def parents_of(target: type) -> set[str]:

@@ -54,9 +54,10 @@ def test_patterns_that_are_drawn_are_those_of_the_whole_picture(number: int, pre
                 assert matrix[i, j] == whole[query, key]
 
 
-def test_shares_of_pairs_do_not_count_padding() -> None:
+def test_tokens_and_shares_of_pairs_do_not_count_padding() -> None:
     tokens = torch.zeros(2, 9, dtype=torch.bool)
     tokens[:, [2, 5]] = True
+    tokens[1, 7:] = True  # padding
     kept = (torch.arange(9) < 7).expand(2, -1)
     padded, plain = pair_facts(tokens, kept), pair_facts(tokens[:, :7], kept[:, :7])
     for name, value in plain.items():

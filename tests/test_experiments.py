@@ -151,9 +151,32 @@ def test_what_the_user_says_wins_over_smoke() -> None:
     assert smoke(["experiment=findings"], CONF) == ["experiment=findings"]
 
 
+def test_smoke_of_another_option_keeps_the_settings_that_it_has() -> None:
+    said = ["experiment=fps_illustration", "smoke=true", "attn=exact"]
+    given = smoke(said, CONF)
+    assert 'attn.layers="4-"' in given  # for the backbone of smoke has fewer blocks
+    assert not any(text.startswith("attn.num_landmarks") for text in given)
+
+
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
+        (
+            ["experiment=fps_illustration", "attn=exact", "smoke=true"],
+            "attn.num_landmarks=64: attn=exact has no such setting; expected layers. "
+            "experiment=fps_illustration sets it. Leave it out (~attn.num_landmarks)",
+        ),
+        (
+            ["experiment=fps_illustration", "task=fidelity", "smoke=true"],
+            "task.measure=['landmarks']: task=fidelity has no such setting; expected cost, meter. "
+            "experiment=fps_illustration sets it.",
+        ),
+        (
+            ["attn=fna", "+attn.landmarks.foo=2"],
+            "attn.landmarks.foo=2: attn/landmarks=grid_fps has no such setting; expected share, "
+            "sketch. Leave it out",
+        ),
+        (["smoke=maybe", "experiment=findings"], "smoke=maybe: expected true or false."),
         (["smoke=true"], "smoke=true: expected an experiment beside it, experiment=NAME"),
         (["smoke=true", "experiment=nine"], "experiment=nine: there is no such option"),
         (["experiment=nine"], "experiment=nine: there is no such option; expected one of att"),

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from fna_lab import ops
-from fna_lab.attn.base import Context
+from fna_lab.attn.base import Context, Removal
 from fna_lab.attn.fna import FastNystromAttention
+from fna_lab.attn.landmarks.fps import FarthestPointLandmarks
 from fna_lab.attn.solver.newton_schulz import NewtonSchulzSolver
 from fna_lab.attn.solver.pinv import PinvSolver
 
@@ -51,14 +52,19 @@ def test_more_rows_are_closer(masked):
 
 
 def test_half_the_landmarks_are_fitted_where_the_solver_can():
-    assert FastNystromAttention().rows == 0.5
-    assert FastNystromAttention(solver=NewtonSchulzSolver()).rows == 1
-    assert FastNystromAttention(clusters=False).rows == 1
-    marks = torch.arange(20).expand(2, -1)
-    for rows, found in ((0.5, [0, 2, 4]), (0.3, [0, 3, 6]), (0.01, [0])):
-        fitted = FastNystromAttention(rows=rows)._fitted(marks, None, 40)
-        assert fitted is not None and fitted[1, :3].tolist() == found
-        assert fitted.shape[1] == max(1, round(20 * rows))
+    marks = torch.arange(90).expand(2, -1)
+
+    def fitted(num, **settings):
+        found = FastNystromAttention(**settings)._fitted(marks[:, :num], None, 100)
+        return list(range(num)) if found is None else found[1].tolist()
+
+    assert fitted(90) == list(range(0, 90, 2))
+    assert fitted(40) == [i * 40 // 32 for i in range(32)] and fitted(20) == list(range(20))
+    assert fitted(90, solver=NewtonSchulzSolver()) == list(range(90))
+    assert fitted(90, clusters=False) == list(range(90))
+    assert fitted(20, rows=0.5) == list(range(0, 20, 2))
+    assert fitted(20, rows=0.3) == [0, 3, 6, 10, 13, 16] and fitted(20, rows=0.01) == [0]
+    assert fitted(20, rows=1.5)[:20] == list(range(20)) and len(fitted(20, rows=1.5)) == 30
 
 
 def test_without_clusters_it_is_the_plain_chain(monkeypatch):
@@ -102,3 +108,63 @@ def test_cost_grows_with_rows():
     assert thin < flops(rows=2) - flops(rows=1) < 1.1 * thin
     assert 0.5 * thin < flops(rows=1) - flops() < 0.6 * thin
     assert 2 * thin < flops() < 4 * thin
+
+
+def removal(pattern, stage, tokens=37):
+    gone = torch.zeros(2, tokens, dtype=torch.bool)
+    gone[0, [4, 19, 30]] = True  # pictures differ in how many
+    gone[1, 7] = True
+    return Removal(gone, pattern, stage, *ops.token_rows(gone))
+
+
+def masked(pattern, stage, *, pad=0, dtype=torch.float64, **settings):
+    """The variant under a mask, exact attention under it, and T."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 37, 8, generator=generator, dtype=dtype)
+    k[0, :, 19] = 3 * q[0, :, 19]  # attends to itself
+    keep = torch.ones(2, 37, dtype=torch.bool)
+    keep[:, 37 - pad :] = False
+    taken = removal(pattern, stage)
+    taken.tokens.logical_and_(keep)
+    taken = Removal(taken.tokens, pattern, stage, *ops.token_rows(taken.tokens))
+    context = Context(
+        layer=0, nth=0, scale=8**-0.5, x=q.new_zeros(2, 37, 32), num_prefix_tokens=1, has_cls=True,
+        grid=(6, 6), attn_mask=keep[:, None, None] if pad else None, removal=taken,
+    )  # fmt: skip
+    out = FastNystromAttention(**settings)(q, k, v, context)
+    bias = torch.zeros(2, 1, 1, 37, dtype=dtype).masked_fill(~keep[:, None, None], -torch.inf)
+    exact = ops.masked_attention(
+        q, k, v, taken.tokens, pattern=pattern, stage=stage, scale=8**-0.5, bias=bias
+    )
+    return out, exact, taken.tokens, keep
+
+
+every_mask = pytest.mark.parametrize(
+    ("pattern", "stage"),
+    [("type1", "mask"), ("type1", "sink"), ("type2", "mask"), ("type2", "sink")],
+)
+
+
+@every_mask
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("pad", [0, 9])
+def test_every_kept_token_a_landmark_is_exact_under_a_mask(pattern, stage, per_head, pad):
+    left = 37 - pad - (1 if stage == "mask" else 0)  # they repeat where more are removed
+    out, exact, _, keep = masked(
+        pattern, stage, pad=pad, num_landmarks=left, per_head=per_head, solver=PinvSolver(),
+        landmarks=FarthestPointLandmarks(),
+    )  # fmt: skip
+    torch.testing.assert_close(out.transpose(1, 2)[keep], exact.transpose(1, 2)[keep])
+
+
+@pytest.mark.parametrize("stage", ["mask", "sink"])
+def test_tokens_that_see_themselves_are_as_close_as_others(stage):
+    out, exact, gone, _ = masked("type2", stage, num_landmarks=18)
+    error = (out - exact).norm(dim=-1).mean(1)  # [b n]
+    assert error[gone].mean() < 2 * error[~gone].mean()  # half of these are landmarks, and exact
+    first, _, _, _ = masked("type1", stage, num_landmarks=18)
+    unlike = (first - exact).norm(dim=-1).mean(1)
+    assert error[0, 19] < 0.1 and unlike[0, 19] > 2  # so the bound says something
+    torch.testing.assert_close(
+        first.transpose(1, 2)[~gone], out.transpose(1, 2)[~gone], rtol=0, atol=0
+    )

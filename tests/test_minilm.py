@@ -140,6 +140,18 @@ def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyP
         MiniLmBackbone()
 
 
+def test_verdicts_speak_of_sentences(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    overrides = ["backbone=minilm", f"backbone.checkpoint={folder}", "data=sentences"]
+    overrides += ["backbone.max_tokens=20", "data.count=3", "trainer=cpu", "task=findings"]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("config", [*overrides, "task.rounds=3"])
+    record = run(cfg, tmp_path)
+    said = [found["says"] for found in record["findings"]]
+    show(record, make_console())
+    assert sum("sentence" in text for text in said) >= 6
+    assert not [text for text in [*said, capsys.readouterr().out] if "picture" in text]
+
+
 def test_reports_speak_of_sentences(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

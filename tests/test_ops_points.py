@@ -175,6 +175,28 @@ def test_no_picture_sees_its_mates(thin, size, given):
     assert torch.equal(together, torch.cat(alone))
 
 
+@pytest.mark.parametrize("free", [0, 5, 25, 400])
+@pytest.mark.parametrize("block", [4, 16])
+def test_what_mates_must_not_take_changes_nothing_of_half_a_sample(free, block):
+    points, first = random_points(size=900), random_first(size=900, given=3)
+    allowed = torch.ones(3, 900, dtype=torch.bool)
+    allowed[1, free:] = False
+
+    def take(mine, **rest):
+        return ops.spread_points(
+            points[mine], 30, first=first[mine], block=block, thin=True, **rest
+        )
+
+    alone = take(slice(0, 1))
+    together = take(slice(None), allowed=allowed)
+    assert torch.equal(together[:1], alone)
+    assert torch.equal(together[2:], take(slice(2, 3), allowed=allowed[2:], barred=0))
+    promised = take(slice(None), allowed=allowed, barred=900 - free)
+    assert torch.equal(together, promised)
+    if free:
+        assert allowed[1, together[1]].all() and len(set(together[1].tolist())) == min(free, 30)
+
+
 @pytest.mark.parametrize("thin", [False, True])
 def test_points_that_learn_are_chosen_as_others_are(thin):
     points = random_points(size=700)

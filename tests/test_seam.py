@@ -238,6 +238,20 @@ def test_compile_without_graph_breaks(attn):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("attn", ["fna", "subset"])
+@pytest.mark.parametrize("stage", ["mask", "sink"])
+def test_masks_compile_without_graph_breaks(attn, stage):
+    _, model, x = build("timm vit")
+    strategy = Type2Mask(stage=stage, detector=NormGapDetector(min_gap=0))
+    more = {"layers": "1-3", "mask_layers": "2-3", **settings(attn)}
+    with torch.no_grad(), fna_lab.patch(model, attn, strategy, **more):
+        eager = model.forward_features(x)
+        run = torch.compile(model.forward_features, backend="eager", fullgraph=True)
+        compiled = run(x)
+    torch.testing.assert_close(eager, compiled, rtol=1e-3, atol=1e-4)
+    torch._dynamo.reset()
+
+
 @every_variant
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_any_float_type_and_autocast(attn, dtype):
@@ -310,7 +324,9 @@ def test_two_attentions_in_a_block_are_refused():
         (dict(attn="flash"), ValueError, r"attn='flash': there is no fna_lab.attn.flash"),
         (dict(attn="base"), ValueError, "names no AttentionVariant"),
         (dict(attn=3), TypeError, "attn to be a name"),
-        (dict(attn="fna", landmarks=3), None, None),
+        (dict(attn="fna", landmarks=FarthestPointLandmarks()), None, None),
+        (dict(attn="fna", landmarks="fps"), TypeError, "attn.landmarks='fps': expected attn/land"),
+        (dict(attn="fna", solver="ridge"), TypeError, "attn.solver='ridge': expected attn/solver"),
         (dict(attn="fna", num_marks=3), ValueError, "num_marks.*its settings are: num_landmarks"),
         (dict(attn="fna", num_landmarks=0), ValueError, "num_landmarks=0: expected"),
         (dict(mask="type3"), ValueError, "mask='type3'"),
@@ -327,6 +343,11 @@ def test_bad_settings_are_named(call, error, words):
     with pytest.raises(error, match=words):
         fna_lab.patch(model, **call)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_host_that_is_no_module_is_named():
+    with pytest.raises(TypeError, match="model to be a torch.nn.Module, got 'vit'"):
+        fna_lab.patch("vit", "exact")
 
 
 def test_more_landmarks_than_tokens_is_named():

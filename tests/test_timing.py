@@ -99,6 +99,12 @@ def test_the_attention_of_the_run_stands_beside_the_named_ones(tmp_path: Path) -
     assert ours["attn=fna"]["coverage"] == ours["random"]["coverage"]
 
 
+def test_landmarks_may_be_more_than_tokens_of_the_backbone_that_is_not_run(tmp_path: Path) -> None:
+    given = ["task.tokens=[300]", "task.variants=[exact]", "attn=subset", "attn.num_landmarks=256"]
+    found = timed(tmp_path, *given, "attn/landmarks=random")
+    assert [row["variant"] for row in found["timing"]["rows"]] == ["exact", "attn=subset"]
+
+
 def test_heads_are_the_backbones_where_none_are_set(tmp_path: Path) -> None:
     given = ["task.heads=null", "task.head_dim=null", "task.variants=[exact]", "task.tokens=[50]"]
     found = timed(tmp_path, *given)
@@ -129,6 +135,32 @@ def test_heads_are_the_backbones_where_none_are_set(tmp_path: Path) -> None:
             "task.landmarks=8: more landmarks than the",
         ),
         (["task.part=selection", "attn=performer"], "attn=performer: it has no landmark sampler"),
+        (
+            ["task.part=selection", 'task.samplers=["fps:foo=1"]'],
+            "task.samplers=fps:foo=1: fps has no setting foo; known: sketch, block.",
+        ),
+        (
+            ["task.part=selection", 'task.samplers=["fps:block"]'],
+            "task.samplers=fps:block: expected block=VALUE",
+        ),
+        (
+            ["task.part=selection", "task.variants=[fna]"],
+            "task.variants=['fna']: it does nothing with task.part=selection; expected null.",
+        ),
+        (
+            ["task.part=selection", "task.masks=[type1-sink]"],
+            "task.masks=['type1-sink']: it does nothing with task.part=selection; expected [].",
+        ),
+        (
+            ["task.samplers=[fps]"],
+            "task.samplers=['fps']: it does nothing without task.part=selection; expected null.",
+        ),
+        (
+            ["task.tokens=[50,9]", "task.masks=[type1-sink]", "task.masked_tokens=9"],
+            "task.masked_tokens=9: expected at most 8, for CLS stays of the 9 tokens in "
+            "task.tokens=[50, 9].",
+        ),
+        (["task.masked_tokens=9"], "task.masked_tokens=9: it does nothing without task.masks;"),
         (["task.variants=[fna]", "task.tokens=[5]"], "task.tokens=[5]: nothing fits; fna is left"),
         (["mask=type2"], "mask=type2: task=timing runs no model; expected mask=none"),
         (["data=noise"], "data=noise: task=timing reads no picture; expected"),

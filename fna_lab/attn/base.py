@@ -189,7 +189,7 @@ class KeyMaskedAttention(AttentionVariant):
 
     It turns padding and removed tokens into one set of keys that may be attended to, hands the
     rest to `attend`, and puts right the rows of tokens of T that still see themselves (`type2`),
-    exactly and for O(|T| n d).
+    exactly and for O(|T| n d); unless the variant `removes` them in a cheaper way.
     """
 
     patterns = ("type1", "type2")
@@ -220,11 +220,13 @@ class KeyMaskedAttention(AttentionVariant):
         """Attend: `[b h n d]` x3 -> `[b h n d]`."""
         keys, bias = self.keys(q, context)
         removal = context.removal
-        sunk = removal is not None and removal.stage == "sink"
-        rows = (removal.rows, removal.valid) if removal else None
-        values = ops.zero_rows(v, removal.tokens, rows) if removal and sunk else v
+        if removal is None or self.removes(v, bias):
+            return self.attend(q, k, v, context, keys=keys, bias=bias)
+        values = v
+        if removal.stage == "sink":
+            values = ops.zero_rows(v, removal.tokens, (removal.rows, removal.valid))
         out = self.attend(q, k, values, context, keys=keys, bias=bias)
-        if removal is None or removal.pattern == "type1":
+        if removal.pattern == "type1":
             return out
         return ops.restore_own_rows(
             out,
@@ -238,6 +240,10 @@ class KeyMaskedAttention(AttentionVariant):
             keys=keys,
             bias=bias,
         )
+
+    def removes(self, v: Tensor, bias: Tensor | None) -> bool:  # noqa: ARG002
+        """Whether `attend` sees to all of a removal itself, and not to its keys alone."""
+        return False
 
     def keys(self, q: Tensor, context: Context) -> tuple[Tensor | None, Tensor | None]:
         """Keys that may be attended to, bool `[b n]` (None = all), and the bias of the logits."""

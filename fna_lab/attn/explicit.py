@@ -11,7 +11,7 @@ from fna_lab.attn.base import Context
 from fna_lab.attn.landmarks.base import LandmarkSampler
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
 from fna_lab.attn.reduced import LandmarkAttention
-from fna_lab.attn.solver.base import Solver
+from fna_lab.attn.solver.base import Solver, check_solver
 from fna_lab.attn.solver.ridge import RidgeSolver
 
 
@@ -65,6 +65,7 @@ class ExplicitAttention(LandmarkAttention):
                 f"attn.num_landmarks={num_landmarks}."
             )
         self.num_explicit = num_explicit
+        check_solver(solver)
         self.solver = solver or RidgeSolver()
 
     def check_tokens(self, tokens: int) -> None:

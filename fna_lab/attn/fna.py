@@ -16,8 +16,11 @@ from fna_lab.attn.landmarks.base import HEAD_SOURCES, LandmarkSampler, source_po
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
 from fna_lab.attn.layers import Counts
 from fna_lab.attn.reduced import LandmarkAttention
-from fna_lab.attn.solver.base import Solver
+from fna_lab.attn.solver.base import Solver, check_solver
 from fna_lab.attn.solver.ridge import RidgeSolver
+
+# By default so many landmarks are fitted, where there are as many.
+LEAST_ROWS = 32
 
 
 class FastNystromAttention(LandmarkAttention):
@@ -44,7 +47,8 @@ class FastNystromAttention(LandmarkAttention):
         clusters: let landmarks stand for clusters of tokens.
         rows: tokens whose exact outputs the values are fitted to, for each landmark: 0.5 = every
             second landmark, 1 = the landmarks, 3 = two more tokens for each. More of them fit
-            better, and cost a thin attention each. None = 0.5, and 1 where no other is possible.
+            better, and cost a thin attention each. None = 0.5, but at least 32 landmarks; and 1
+            where no other is possible.
 
     Raises:
         ValueError: a setting is out of range, or `rows` needs another solver.
@@ -78,6 +82,7 @@ class FastNystromAttention(LandmarkAttention):
         )
         if sketch is not None and (not isinstance(sketch, int) or sketch < 1):
             raise ValueError(f"attn.sketch={sketch!r}: expected an integer >= 1, or null.")
+        check_solver(solver)
         self.solver = solver or RidgeSolver()
         self.rows = _read_rows(rows, clusters=clusters, square=self.solver.square)
         self.sketch = sketch
@@ -115,9 +120,19 @@ class FastNystromAttention(LandmarkAttention):
             )
             context.shared["members"] = more["members"]  # for those who look on
             more["rows"] = self._fitted(landmarks, keys, q.shape[2])
+            removal = context.removal
+            if removal is not None and self.removes(v, bias):
+                rows = removal.rows, removal.valid
+                more["own"] = rows if removal.pattern == "type2" else None
+                more["sunk"] = rows if removal.stage == "sink" else None
         if self.guard is None:
             return attention(q, k, v, landmarks, **more)
         return self.guard.attention(attention, q, k, v, landmarks, layer=context.layer, **more)
+
+    def removes(self, v: Tensor, bias: Tensor | None) -> bool:
+        """Whether clusters see to a removal: not where half precision would lose what is left."""
+        plain = self.clusters and self.guard is None and bias is None
+        return plain and v.dtype in (torch.float32, torch.float64)
 
     def points(self, q: Tensor, k: Tensor, context: Context) -> Tensor | None:
         """What is sampled, `[b n c]` or per head `[b*h n c]`; None = the sampler asks for it."""
@@ -158,20 +173,26 @@ class FastNystromAttention(LandmarkAttention):
     def _fitted(self, landmarks: Tensor, keys: Tensor | None, tokens: int) -> Tensor | None:
         """Tokens whose exact outputs are fitted, long `[b r]` or `[b h r]`; None = landmarks."""
         marks = landmarks.shape[-1]
-        if self.rows == 1:
+        count = self._rows_of(marks)
+        if count == marks:
             return None
-        if self.rows < 1:
-            count = max(1, round(self.rows * marks))
+        if count < marks:
             if marks % count == 0:
                 return landmarks[..., :: marks // count]
             return landmarks[..., [i * marks // count for i in range(count)]]
-        count = min(round((self.rows - 1) * marks), tokens)
+        count = min(count - marks, tokens)
         if keys is None:
             keys = torch.ones((len(landmarks), tokens), dtype=torch.bool, device=landmarks.device)
         more = ops.segment_centres(keys, count)  # at equal distances
         if landmarks.ndim == 3:
             more = more[:, None].expand(-1, landmarks.shape[1], -1)
         return torch.cat([landmarks, more], dim=-1)
+
+    def _rows_of(self, marks: int) -> int:
+        """How many exact outputs are fitted with so many landmarks."""
+        if self.rows is None:  # fewer are hardly cheaper, and lose much
+            return max(marks // 2, min(marks, LEAST_ROWS))
+        return max(1, round(self.rows * marks))
 
     def _distinct(self, keys: Tensor | None, context: Context) -> bool:
         """Whether no landmark can repeat among keys bool `[b n]`, as far as the host knows."""
@@ -190,15 +211,15 @@ class FastNystromAttention(LandmarkAttention):
             heads,
             head_dim,
             self.num_landmarks,
-            rows=max(1, round(self.rows * self.num_landmarks)),
+            rows=self._rows_of(self.num_landmarks),
             sketch=self.sketch,
         )
 
 
-def _read_rows(rows: object, *, clusters: bool, square: bool) -> float:
-    """The setting `attn.rows` as a number."""
+def _read_rows(rows: object, *, clusters: bool, square: bool) -> float | None:
+    """The setting `attn.rows`; 1 where nothing else is possible."""
     if rows is None:
-        return 0.5 if clusters and not square else 1
+        return None if clusters and not square else 1
     if isinstance(rows, bool) or not isinstance(rows, int | float) or not 0 < rows < math.inf:
         raise ValueError(f"attn.rows={rows!r}: expected a number > 0, or null.")
     if rows != 1 and not clusters:

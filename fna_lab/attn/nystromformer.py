@@ -8,7 +8,7 @@ from fna_lab import ops
 from fna_lab.attn.base import Context
 from fna_lab.attn.layers import Counts
 from fna_lab.attn.reduced import ReducedAttention
-from fna_lab.attn.solver.base import Solver
+from fna_lab.attn.solver.base import Solver, check_solver
 from fna_lab.attn.solver.newton_schulz import NewtonSchulzSolver
 
 
@@ -30,6 +30,7 @@ class NystromformerAttention(ReducedAttention):
 
     def __init__(self, *, num_landmarks: Counts = 64, solver: Solver | None = None) -> None:
         super().__init__(num_landmarks=num_landmarks)
+        check_solver(solver)
         self.solver = solver or NewtonSchulzSolver()
 
     def attend(

@@ -63,6 +63,7 @@ class LandmarkAttention(ReducedAttention):
         per_head: every head samples its own landmarks, from its own q or k (or both).
 
     Raises:
+        TypeError: `landmarks` is no sampler.
         ValueError: a setting is out of range, or a class is both guaranteed and excluded.
     """
 
@@ -79,6 +80,11 @@ class LandmarkAttention(ReducedAttention):
         exclude: Sequence[str] = (),
         per_head: bool = False,
     ) -> None:
+        if not isinstance(landmarks, LandmarkSampler):
+            raise TypeError(
+                f"attn.landmarks={landmarks!r}: expected attn/landmarks=NAME on the command line, "
+                "in Python a sampler of fna_lab.attn.landmarks."
+            )
         if source not in SOURCES:
             raise ValueError(f"attn.source={source!r}: expected one of {', '.join(SOURCES)}.")
         if per_head and source not in HEAD_SOURCES:

@@ -43,10 +43,10 @@ class Anatomy:
         if value is None:
             value = {"restart": 9 * depth // 24, "detect": 13 * depth // 24}
             value |= {"mask": value["detect"], "fna": value["detect"]}
-        if isinstance(value, Mapping):
-            if set(value) != set(cls.__dataclass_fields__):
+        if not isinstance(value, Anatomy):
+            if not isinstance(value, Mapping) or set(value) != set(cls.__dataclass_fields__):
                 names = ", ".join(cls.__dataclass_fields__)
-                raise ValueError(f"backbone.anatomy={dict(value)}: expected {names}.")
+                raise ValueError(f"backbone.anatomy={value!r}: expected {names}.")
             value = cls(**value)
         for name, block in vars(value).items():
             if not isinstance(block, int) or not 0 <= block < depth:

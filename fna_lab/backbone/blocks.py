@@ -22,8 +22,11 @@ def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
         The path and the blocks in order.
 
     Raises:
+        TypeError: the host is no module.
         ValueError: there is no such list, or the path does not lead to one.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected model to be a torch.nn.Module, got {model!r}.")
     lists = {
         name: list(module.children()) for name, module in model.named_modules() if _is_list(module)
     }

@@ -107,14 +107,7 @@ def solve_budget(
         ValueError: a setting is out of range, the variant has no landmarks, or no choice that is
             cheaper than exact attention keeps the budget.
     """
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < 1:
-        raise ValueError(f"attn.budget={budget!r}: expected a number between 0 and 1.")
-    variant = resolve(attn, AttentionVariant, "fna_lab.attn", settings)
-    if not isinstance(variant, ReducedAttention):
-        raise ValueError(
-            f"attn.layers=auto: attn={variant.name} has no landmarks to choose; use one that has, "
-            "such as attn=fna."
-        )
+    variant = check_budget(resolve(attn, AttentionVariant, "fna_lab.attn", settings), budget)
     variant = variant.with_landmarks(1)
     variant.guard = None  # the promise is the formula's, whatever a guard may better
     more = dict(patching or {})
@@ -175,10 +168,12 @@ def solve_budget(
     if best is None:
         least, picks = min((error, picks) for picks, error in known.items() if any(picks))
         closest = {i: options[i][p] for i, p in zip(options, picks, strict=True) if p}
+        finest = max(num for row in options.values() for num in row if num)
         raise ValueError(
             f"attn.budget={budget}: no choice of landmarks keeps it on the {len(pictures)} "
             f"calibration pictures; the smallest error that was measured is {least:.3g} "
-            f"(landmarks by block: {closest}). Raise the budget to that, or use attn=exact."
+            f"(landmarks by block: {closest}; more than {finest} cost more than exact attention, "
+            "or were no candidates). Raise the budget to that, or use attn=exact."
         )
     cost, chosen = best
     rest = len(blocks) - len(options)
@@ -193,6 +188,27 @@ def solve_budget(
         exact_gflops=len(blocks) * table.costs[None] / 1e9,
         checks=len(known),
     )
+
+
+def check_budget(attn: AttentionVariant, budget: object) -> ReducedAttention:
+    """Refuse, before any picture is read, a budget or a variant that cannot be.
+
+    Returns:
+        The variant.
+
+    Raises:
+        ValueError: the budget is no number between 0 and 1, or the variant has no landmarks.
+    """
+    if budget is None:
+        raise ValueError("attn.layers=auto needs a budget of error, such as attn.budget=0.01.")
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < 1:
+        raise ValueError(f"attn.budget={budget!r}: expected a number between 0 and 1.")
+    if not isinstance(attn, ReducedAttention):
+        raise ValueError(
+            f"attn.layers=auto: attn={attn.name} has no landmarks to choose; use one that has, "
+            "such as attn=fna."
+        )
+    return attn
 
 
 @dataclass

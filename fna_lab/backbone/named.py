@@ -48,10 +48,21 @@ def named_sampler(named: str, said: str, more: tuple[str, ...] = ()) -> Landmark
         for _, cls in inspect.getmembers(module, inspect.isclass)
         if issubclass(cls, LandmarkSampler) and cls.__module__ == module.__name__
     )
+    known = list(inspect.signature(cls).parameters)
+    given: dict[str, Any] = {}
+    for one in filter(None, settings.split(",")):
+        key, _, value = one.partition("=")
+        if key not in known:
+            raise ValueError(
+                f"{said}: {stem} has no setting {key}; known: {', '.join(known) or 'none'}."
+            )
+        try:
+            given[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise ValueError(f"{said}: expected {key}=VALUE, a number or None.") from None
     try:
-        pairs = (one.split("=", 1) for one in settings.split(",") if one)
-        return cls(**{key: ast.literal_eval(value) for key, value in pairs})
-    except (TypeError, ValueError, SyntaxError) as error:
+        return cls(**given)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{said}: {error}") from None
 
 

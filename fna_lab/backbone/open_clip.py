@@ -70,7 +70,7 @@ class OpenClipBackbone(Backbone):
             host,
             name=name if pretrained_tag is None else f"{name}/{pretrained_tag}",
             img_size=img_size or _side(host.visual.image_size),
-            patch_size=self._patch_size(host),
+            patch_size=_patch_size(host.visual, name),
             mean=mean or facts.get("mean") or open_clip.OPENAI_DATASET_MEAN,
             std=std or facts.get("std") or open_clip.OPENAI_DATASET_STD,
             interpolation=interpolation,
@@ -134,12 +134,16 @@ class OpenClipBackbone(Backbone):
             return int(visual.trunk.embed_dim)
         return int(visual.conv1.out_channels)
 
-    @staticmethod
-    def _patch_size(host: Any) -> int:
-        visual = host.visual
-        if hasattr(visual, "trunk"):
-            return _side(visual.trunk.patch_embed.patch_size)
-        return _side(visual.patch_size)
+
+def _patch_size(visual: Any, name: str) -> int:
+    tower = getattr(visual, "trunk", visual)
+    found = getattr(getattr(tower, "patch_embed", tower), "patch_size", None)
+    if found is None:
+        raise ValueError(
+            f"backbone.name={name}: its image tower, {type(tower).__name__}, is no ViT; expected "
+            "a model of open_clip with one, such as ViT-B-16."
+        )
+    return _side(found)
 
 
 def _create(

@@ -54,8 +54,24 @@ class TimmBackbone(Backbone):
             )
         if patch_size is not None and img_size is not None:
             check_img_size(img_size, patch_size)
-        host: Any = _create(name, pretrained, checkpoint, img_size)
+        try:
+            host: Any = _create(name, pretrained, checkpoint, img_size)
+        except TypeError as error:
+            if "'img_size'" not in str(error):
+                raise
+            raise ValueError(
+                f"backbone.img_size={img_size}: {name} takes no such setting, so it is no plain "
+                "ViT; expected a model of timm that is."
+            ) from error
+        parts = ("patch_embed", "blocks", "num_prefix_tokens")
+        if not all(hasattr(host, part) for part in parts):
+            raise ValueError(
+                f"backbone.name={name}: {type(host).__name__} is no plain ViT; expected a model "
+                f"of timm with {', '.join(parts)}."
+            )
         patch = _side(host.patch_embed.patch_size)
+        if img_size is not None:
+            check_img_size(img_size, patch)
         if patch_size not in (None, patch):
             raise ValueError(
                 f"backbone.patch_size={patch_size}: {name} has {patch}-pixel patches."
@@ -132,6 +148,8 @@ def _create(
         return timm.create_model(name, pretrained=False, **settings)
     try:
         return timm.create_model(name, pretrained=True, **settings)
+    except TypeError:
+        raise
     except Exception as error:  # the hub's client raises a dozen kinds
         raise explain_missing_weights(name, error) from error
 

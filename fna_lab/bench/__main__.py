@@ -60,9 +60,19 @@ def parser() -> argparse.ArgumentParser:
     add("--least", type=int, default=3, help="fewest rounds of a case")
     add("--seconds", type=float, default=10, help="time of a case, about")
     add("--memory", action=argparse.BooleanOptionalAction, default=True)
-    add("--device", type=torch.device, default=None)
+    add("--device", type=_device, default=None)
     add("--out", type=Path, default=None, help="folder for JSON and plot")
     return found
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        said = f"{name!r} is no device that is here ({str(error).splitlines()[0]})"
+        raise argparse.ArgumentTypeError(said) from None
+    return device
 
 
 def main() -> None:
@@ -74,18 +84,22 @@ def main() -> None:
     selection, chosen = asked.pop("selection"), asked.pop("out")
     console = make_console()
     bench = bench_model if args.model else bench_attention
+    out = chosen or Path("outputs/bench") / time.strftime("%Y-%m-%d_%H-%M-%S")
     try:
         settings = Settings(**asked)
+        settings.check_used("selection" if selection else "attention", "--model", "--selection")
+        out.mkdir(parents=True, exist_ok=True)  # before minutes of measuring, not behind them
         rows = (bench_selection if selection else bench)(
             settings, lambda text: console.print(text, highlight=False)
         )
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError) as error:
+        if chosen is None and out.is_dir():
+            out.rmdir()
+        said = isinstance(error, OSError) and error.strerror  # the system's own words
+        sys.exit(f"error: --out {out}: {said}" if said else f"error: {error}")
     if not rows:
         sys.exit("error: nothing was measured; see the lines above.")
     console.print(timing_table(rows))
-    out = chosen or Path("outputs/bench") / time.strftime("%Y-%m-%d_%H-%M-%S")
-    out.mkdir(parents=True, exist_ok=True)
     arguments = {key: str(value) for key, value in vars(args).items()}
     facts = {"arguments": arguments, **surroundings(args.device), "slopes": slopes(rows)}
     (out / "bench.json").write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")

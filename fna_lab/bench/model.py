@@ -52,6 +52,7 @@ def bench_model(settings: Settings, say: Say) -> list[dict[str, Any]]:
         for name in (*names, "free"):
             variant = Free() if name == "free" else named_variant(name, settings.landmarks)
             if variant.min_tokens > backbone.num_tokens:
+                say(f"{name} is left out at {side} px: it needs {variant.min_tokens} tokens")
                 continue
             added = patch(backbone.host, variant, layers=layers)
             patches[name] = added

@@ -144,6 +144,11 @@ def _model_inputs(settings: Settings) -> list[Case]:
             checkpoint=settings.checkpoint,
             img_size=side,
         ).eval()
+        if not 0 <= settings.block < backbone.depth:
+            raise ValueError(
+                f"{settings.named('block', settings.block)}: expected a block from 0 to "
+                f"{backbone.depth - 1}."
+            )
         pictures = []
         for photo in sorted(files("fna_lab.data.pictures").iterdir(), key=lambda p: p.name):
             if photo.name.endswith(".jpg"):

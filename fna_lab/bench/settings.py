@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeGuard
 
 import torch
 
 MASKS = ("type1-mask", "type1-sink", "type2-mask", "type2-sink")
 DTYPES = ("float32", "bfloat16", "float16")
+# What each part of a benchmark has no use for.
+OF_MODEL = ("checkpoint", "block", "img_size", "layers")
+OF_INPUTS = ("tokens", "heads", "head_dim")
+OF_ATTENTION = ("variants", "masks", "masked_tokens", "dtype", "exact_limit", "slowest", "layers")
 
 
 @dataclass
@@ -97,16 +102,64 @@ class Settings:
             value = getattr(self, name)
             if value is not None and (not _is_list(value) or not value):
                 raise ValueError(f"{self.named(name, value)}: expected a list of names.")
+        least = min(self.tokens)
+        if self.masks and self.masked_tokens >= least:
+            raise ValueError(
+                f"{self.named('masked_tokens', self.masked_tokens)}: expected at most "
+                f"{least - 1}, for CLS stays of the {least} tokens in "
+                f"{self.named('tokens', self.tokens)}."
+            )
+
+    def check_used(self, part: str, model: str, selection: str) -> None:
+        """Refuse settings that would do nothing here.
+
+        Args:
+            part: `attention` or `selection`; with a `model` of the settings, on that.
+            model: how the caller asks for a model, for messages.
+            selection: how it asks for samplers alone.
+
+        Raises:
+            ValueError: one that is not as usual has no use; the message says with what it has.
+        """
+        alone = part == "selection"
+        useless = {name: f"with {selection}" for name in (OF_ATTENTION if alone else ())}
+        if not alone:
+            useless |= dict.fromkeys(("samplers", "checkpoint", "block"), f"without {selection}")
+        if not self.model:
+            useless |= dict.fromkeys(OF_MODEL, f"without {model}")
+        else:
+            whole = () if alone else ("masks", "masked_tokens", "exact_limit", "slowest")
+            useless |= dict.fromkeys((*OF_INPUTS, *whole), f"with {model}")
+        if not self.masks:
+            useless.setdefault("masked_tokens", f"without {self.named('masks')}")
+        usual = {one.name: one.default for one in fields(self)}
+        for name, where in useless.items():
+            value = getattr(self, name)
+            value = tuple(value) if _is_list(value) else value
+            if value != usual[name]:
+                instead = "leave it out"
+                if self.prefix != "--":
+                    instead = f"expected {_written(usual[name])}"
+                said = self.named(name, getattr(self, name))
+                raise ValueError(f"{said}: it does nothing {where}; {instead}.")
 
     def named(self, setting: str, value: object = None) -> str:
         """A setting, and its value, as the one who asked writes it."""
         if self.prefix != "--":
             return f"{self.prefix}{setting}" + ("" if value is None else f"={value}")
+        value = " ".join(map(str, value)) if _is_list(value) else value
         return f"--{setting.replace('_', '-')}" + ("" if value is None else f" {value}")
 
 
-def _is_list(value: object) -> bool:
+def _is_list(value: object) -> TypeGuard[list[Any] | tuple[Any, ...]]:
     return isinstance(value, list | tuple)
+
+
+def _written(value: object) -> str:
+    """A value as a YAML has it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    return "null" if value is None else str(value)
 
 
 def _below(value: object, least: int) -> bool:

@@ -55,6 +55,8 @@ class PictureData(L.LightningDataModule):
             raise ValueError(f"data.batch_size={batch_size!r}: expected an integer >= 1.")
         if limit is not None and (not isinstance(limit, int) or limit < 1):
             raise ValueError(f"data.limit={limit!r}: expected an integer >= 1, or null for all.")
+        if not isinstance(num_workers, int) or num_workers < 0:
+            raise ValueError(f"data.num_workers={num_workers!r}: expected an integer >= 0.")
         self.transform = transform
         self.batch_size = batch_size
         self.num_workers = num_workers

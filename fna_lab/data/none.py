@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from fna_lab.data.base import PictureData
@@ -16,6 +17,14 @@ class NoData(PictureData):
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
         """Nothing is read."""
         self.test_set = _Blank()
+
+    def calibration(self, count: int) -> Tensor:
+        """Refuse: there is no picture to settle a variant on.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"data=none: expected data with {count} pictures to settle a variant on.")
 
     def describe(self) -> dict[str, Any]:
         """Plain facts for `metrics.json`."""

@@ -33,8 +33,14 @@ class Sentences(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         text = self.texts[index]
+        ids = self.transform(text)
+        if not isinstance(ids, Tensor):  # a transform of pictures hands on what is none
+            raise ValueError(
+                "data=sentences holds no pictures: it goes with a backbone that reads text, "
+                "backbone=minilm."
+            )
         return {
-            "image": self.transform(text),
+            "image": ids,
             "index": index,
             "name": f"sentence-{index}",
             "text": text,

@@ -72,8 +72,16 @@ class Finding(ABC):
         """Numbers of each picture, `[b]` or `[b r]`; NaN where a picture cannot tell."""
 
     @abstractmethod
-    def verdict(self, found: Mapping[str, Tensor], backbone: Backbone) -> Verdict:
-        """What the numbers of all pictures, `[n]` or `[n r]`, come to."""
+    def verdict(
+        self, found: Mapping[str, Tensor], backbone: Backbone, samples: str = "pictures"
+    ) -> Verdict:
+        """What the numbers of all pictures, `[n]` or `[n r]`, come to.
+
+        Args:
+            found: as `measure` gives them, of all pictures.
+            backbone: that they are of.
+            samples: what the data calls its pictures, in the plural.
+        """
 
     @property
     def name(self) -> str:
@@ -136,23 +144,34 @@ def only(values: Tensor, where: Tensor) -> Tensor:
 
 
 def compared(
-    mean: Mean | None, level: float, says: str, name: str, *, above: bool, small: float = 0.0
+    mean: Mean | None,
+    level: float,
+    says: str,
+    name: str,
+    *,
+    above: bool,
+    small: float = 0.0,
+    samples: str = "pictures",
 ) -> Verdict:
     """The verdict on a mean that is claimed to lie above (or below) a level, interval and all.
 
     Args:
         mean: None = no picture can tell.
         level: what would be no effect.
-        says: a sentence with `{mean}` or `{change}` (of a log ratio, in words), and `{n}`.
+        says: a sentence with `{mean}` or `{change}` (of a log ratio, in words), `{n}` and
+            `{samples}`.
         name: of the number.
         above: which side is claimed.
         small: a smaller difference from the level is called so, however sure it is.
+        samples: what the data calls its samples, in the plural.
     """
     if mean is None:
-        return Verdict(None, "no picture here has such tokens, so nothing can be taken away")
+        return Verdict(
+            None, f"no {samples[:-1]} here has such tokens, so nothing can be taken away"
+        )
     up, down = mean.low > level, mean.high < level
     holds = None if not (up or down) else up == above
-    text = says.format(mean=mean.said(), change=mean.change(), n=mean.count)
+    text = says.format(mean=mean.said(), change=mean.change(), n=mean.count, samples=samples)
     if holds is None:
         text += "; the interval includes no effect"
     elif abs(mean.value - level) < small:

@@ -38,11 +38,13 @@ class SinkingShrinks(Finding):
             "sinking": only(lab.norms(sunk.hidden[block]).amax(1) / unit, some),
         }
 
-    def verdict(self, found: Mapping[str, Tensor], backbone: Backbone) -> Verdict:
+    def verdict(
+        self, found: Mapping[str, Tensor], backbone: Backbone, samples: str = "pictures"
+    ) -> Verdict:
         """On the mean log ratio of the two, in pairs."""
         ratio = Mean.of((found["sinking"] / found["masking"]).log())
         says = (
             f"largest norm behind block {backbone.anatomy.detect}: "
-            "{change} after sinking than after masking, over {n} pictures"
+            "{change} after sinking than after masking, over {n} {samples}"
         )
-        return compared(ratio, 0.0, says, "log_ratio", above=False, small=SMALL)
+        return compared(ratio, 0.0, says, "log_ratio", above=False, small=SMALL, samples=samples)

@@ -38,15 +38,17 @@ class Type1PeakInCls(Finding):
             found[name] = only(size[:, 0] / size[:, prefix:].amax(1), some)
         return found
 
-    def verdict(self, found: Mapping[str, Tensor], backbone: Backbone) -> Verdict:
+    def verdict(
+        self, found: Mapping[str, Tensor], backbone: Backbone, samples: str = "pictures"
+    ) -> Verdict:
         """On the share of pictures whose largest activation is in CLS."""
         if not backbone.has_cls:
             return Verdict(None, "this backbone has no CLS")
         shares = {}
         for name, ratio in found.items():
             shares[name] = Mean.of(only(ratio > 1, ratio.isfinite()))
-        says = "share of {n} pictures with the largest activation in CLS: {mean}"
-        verdict = compared(shares["type1"], 0.5, says, "share_type1", above=True)
+        says = "share of {n} {samples} with the largest activation in CLS: {mean}"
+        verdict = compared(shares["type1"], 0.5, says, "share_type1", above=True, samples=samples)
         if shares["plain"] is None:
             return verdict
         plain = shares["plain"]

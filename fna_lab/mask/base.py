@@ -47,6 +47,7 @@ class Mask:
         corrects: whether the attention's output is changed, see `correct`.
 
     Raises:
+        TypeError: `detector` is no detector.
         ValueError: a setting is out of range.
     """
 
@@ -68,6 +69,11 @@ class Mask:
         restart: int | None = None,
         layers: object = None,
     ) -> None:
+        if detector is not None and not isinstance(detector, Detector):
+            raise TypeError(
+                f"mask.detector={detector!r}: expected mask/detector=NAME on the command line, in "
+                "Python a detector of fna_lab.mask.detector."
+            )
         if stage not in ops.STAGES:
             raise ValueError(f"mask.stage={stage!r}: expected one of {', '.join(ops.STAGES)}.")
         if schedule not in SCHEDULES:

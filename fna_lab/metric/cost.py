@@ -23,7 +23,7 @@ class Timed(Protocol):
     stopwatch: Stopwatch | None
 
 
-@torch.no_grad()
+@torch.inference_mode()  # as the trainer runs a model
 def latency(
     runs: dict[str, tuple[Callable[[], object], Timed | None]],
     device: torch.device,

@@ -21,12 +21,12 @@ def pair_facts(tokens: Tensor, kept: Tensor) -> dict[str, Tensor]:
 
     Args:
         tokens: T, bool `[b n]`.
-        kept: tokens that are no padding, bool `[b n]`: pairs of others do not count.
+        kept: tokens that are no padding, bool `[b n]`: others, and their pairs, do not count.
 
     Returns:
         Each `[b]`: `tokens_in_T`, and `pairs_<pattern>`.
     """
-    facts = {"tokens_in_T": tokens.sum(1).double()}
+    facts = {"tokens_in_T": (tokens & kept).sum(1).double()}
     pairs = kept[:, :, None] & kept[:, None]
     for pattern in ops.PATTERNS:
         removed = (ops.removed_pairs(tokens, pattern) & pairs).flatten(1).sum(1)

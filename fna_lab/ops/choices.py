@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab.ops.checks import check_bool, check_float, check_index
+from fna_lab.ops.spread import gather_rows
 
 
 def grid_cells(grid: tuple[int, int], num: int) -> list[int]:
@@ -88,7 +89,7 @@ def cluster_medoids(points: Tensor, seeds: Tensor, *, allowed: Tensor, steps: in
     check_float("points", points, 3, "[b n c]")
     check_index("seeds", seeds, "[b m]")
     points = points.to(torch.promote_types(points.dtype, torch.float32))
-    means = points.gather(1, seeds[..., None].expand(-1, -1, points.shape[2]))
+    means = gather_rows(points, seeds)
     distance, member = _clusters(points, means, allowed)
     for _ in range(steps):
         weight = member.to(points.dtype)

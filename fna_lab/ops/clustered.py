@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fna_lab.ops.attention import as_bias, attention_with_lse
 from fna_lab.ops.checks import check_bool, check_float, check_index, check_qkv, default_scale
 from fna_lab.ops.nystrom import (
     check_landmarks,
@@ -129,8 +130,10 @@ def clustered_attention(
     rows: Tensor | None = None,
     keys: Tensor | None = None,
     bias: Tensor | None = None,
-    distinct: bool = True,
+    distinct: bool | None = None,
     exact_rows: int = 0,
+    own: tuple[Tensor, Tensor] | None = None,
+    sunk: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention to clusters of tokens, with values that fit exact rows of attention.
 
@@ -156,15 +159,19 @@ def clustered_attention(
             other tokens in no cluster.
         bias: added to the logits, broadcastable to `[b h n n]`; None = nothing. A cluster has
             that of its landmark.
-        distinct: False where landmarks may repeat though `keys` is None.
+        distinct: whether no landmark repeats; None = none does without `keys`, and may with them.
         exact_rows: give so many of the first of `rows` their exact outputs.
+        own: tokens that see themselves beside `keys` (`type2`), as `token_rows` gives them: long
+            `[b t]`, and bool `[b t]`, False = padding.
+        sunk: tokens whose values count as zero (stage `sink`), in the same form; `v` holds what
+            they were. With `own` each of those sees its own value alone among them.
 
     Returns:
         `[b h n d]`.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or there are a bias and tokens in `own` or `sunk`.
 
     Source: the chain of Xiong et al. 2021 (Nystroemformer); sizes in the logits as in the
     proportional attention of Bolya et al. 2023 (ToMe).
@@ -182,9 +189,11 @@ def clustered_attention(
     if rows is not None:
         check_landmarks(rows, q)
         tokens = rows
+    if bias is not None and (own is not None or sunk is not None):
+        raise ValueError("Expected no bias with own or sunk.")
     means, sizes = cluster_means(k, members, landmarks.shape[-1])
     sizes = each_head(sizes)
-    dead = None if keys is None and distinct else sizes == 0
+    dead = None if distinct or distinct is None and keys is None else sizes == 0
     # A repeated landmark has no cluster: log 0 keeps everybody from it.
     columns = corner = sizes.log()[:, :, None]
     seen = None
@@ -195,6 +204,12 @@ def clustered_attention(
         corner = gather_tokens(columns, tokens)  # [b h r m]
     if keys is not None:
         seen = only_keys(keys, seen)
+    scale = default_scale(q) if scale is None else scale
+    prior = gather_tokens(v, landmarks)
+    few = None
+    if sunk is not None:
+        few = _WithoutSunk(k, v, sunk)
+        prior = prior.masked_fill(few.holds(landmarks)[..., None], 0)
     out, exact = nystrom_chain(
         q,
         k,
@@ -202,17 +217,69 @@ def clustered_attention(
         gather_tokens(q, tokens),
         means,
         solver,
-        scale=default_scale(q) if scale is None else scale,
+        scale=scale,
         rows=seen,
         columns=columns,
         corner=corner,
         dead=dead,
         gone=None if dead is None or rows is None else repeated_landmarks(rows),
-        prior=gather_tokens(v, landmarks),
+        prior=prior,
+        gather=few,
     )
-    if not exact_rows:
+    if exact_rows:
+        out = _put_rows(out, tokens[..., :exact_rows], exact[:, :, :exact_rows])
+    if own is None:
         return out
-    index = each_head(tokens)[:, :, :exact_rows, None].expand(-1, q.shape[1], -1, q.shape[3])
+    rows, valid = own
+    asks, now = gather_tokens(q, rows), gather_tokens(out, rows)
+    logits = scale * (asks @ means.mT)  # [b h t m]
+    others = whole = (logits + columns).logsumexp(-1, keepdim=True)
+    if sunk is not None:  # they are in a cluster
+        home = each_head(members).gather(2, rows[:, None].expand(-1, sizes.shape[1], -1))
+        rest = sizes[:, :, None] - F.one_hot(home, sizes.shape[2])
+        others = (logits + rest.log()).logsumexp(-1, keepdim=True)
+    alone = scale * (asks * gather_tokens(k, rows)).sum(-1, keepdim=True)
+    total = torch.logaddexp(alone, others)
+    now = now.masked_fill(whole == -torch.inf, 0)  # they see nothing but themselves
+    right = now * (whole - total).exp() + gather_tokens(v, rows) * (alone - total).exp()
+    return _put_rows(out, rows, torch.where(valid[:, None, :, None], right, now))
+
+
+def _put_rows(out: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+    """`[b h n d]` with rows `[b h t d]` in the place of tokens long `[b t]` or `[b h t]`."""
+    index = each_head(tokens)[..., None].expand_as(rows)
     if out.requires_grad:  # the fused kernel keeps its output for the backward pass
-        return out.scatter(2, index, exact[:, :, :exact_rows])
-    return out.scatter_(2, index, exact[:, :, :exact_rows])
+        return out.scatter(2, index, rows)
+    return out.scatter_(2, index, rows)
+
+
+class _WithoutSunk:
+    """Exact rows of attention in which the values of some tokens T count as zero.
+
+    What T hands out is taken off again, which needs no copy of the values.
+
+    Args:
+        k: keys `[b h n d]`.
+        v: values `[b h n d]`.
+        sunk: T as `token_rows` gives it.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, sunk: tuple[Tensor, Tensor]) -> None:
+        self.rows, self.valid = sunk
+        self.keys, self.values = gather_tokens(k, self.rows), gather_tokens(v, self.rows)
+
+    def holds(self, landmarks: Tensor) -> Tensor:
+        """Which landmarks are in T: bool `[b 1|h m]`."""
+        same = each_head(landmarks)[..., None] == self.rows[:, None, None]
+        return (same & self.valid[:, None, None]).any(-1)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, scale: float
+    ) -> Tensor:
+        """Called as `scaled_dot_product_attention` is."""
+        out, lse = attention_with_lse(q, k, v, scale=scale, mask=attn_mask)
+        if lse is None:  # the kernel does not say
+            logits, bias = scale * (q @ k.mT), as_bias(attn_mask, q.dtype)
+            lse = (logits if bias is None else logits + bias).logsumexp(-1)
+        logits = (scale * (q @ self.keys.mT)).masked_fill(~self.valid[:, None, None], -torch.inf)
+        return out - (logits - lse[..., None]).exp() @ self.values

@@ -126,6 +126,7 @@ def nystrom_chain(
     dead: Tensor | None = None,
     gone: Tensor | None = None,
     prior: Tensor | None = None,
+    gather: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The three products of Nystroem attention, for landmarks given as vectors.
 
@@ -151,12 +152,13 @@ def nystrom_chain(
         gone: queries that tell nothing, bool `[b r]` or `[b h r]`; None = those of the dead
             landmarks, which then must be the first m.
         prior: values P `[b h m d]` that the solution departs from: P + Z(A) (B - A P).
+        gather: what takes softmax(s Qp K') V, called as `scaled_dot_product_attention` is.
 
     Returns:
         The approximation `[b h n d]`, and the exact rows of the landmark queries `[b h r d]`.
     """
-    gather, spread = chain_products(q, k, v, q_marks, k_marks, rows=rows, columns=columns)
-    exact = gather(q_marks, k, v, attn_mask=rows, scale=scale)
+    few, spread = chain_products(q, k, v, q_marks, k_marks, rows=rows, columns=columns)
+    exact = (gather or few)(q_marks, k, v, attn_mask=rows, scale=scale)
     with full_precision(q):
         wide = torch.promote_types(q.dtype, torch.float32)
         logits = scale * (q_marks.to(wide) @ k_marks.to(wide).mT)

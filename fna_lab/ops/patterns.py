@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fna_lab.ops.attention import attention_with_lse
 from fna_lab.ops.checks import check_bool, check_choice, check_qkv, default_scale
+from fna_lab.ops.nystrom import gather_tokens
 
 PATTERNS = (
     "type1",
@@ -209,7 +210,7 @@ def _without_keys(
     if rows is not None and few and len(keys) == 1 and bias is None:
         # One picture: the kept keys are so many, and without a mask the kernel is faster.
         kept = (~keys[0]).int().argsort(stable=True)[: k.shape[2] - rows[0].shape[1]]
-        k, v = k.index_select(2, kept), v.index_select(2, kept)
+        k, v = gather_tokens(k, kept[None]), gather_tokens(v, kept[None])
         return _attend(q, k, v, None, scale, lse)
     keep = keys[:, None, None]
     mask = keep if bias is None else bias.masked_fill(~keep, -torch.inf)

@@ -97,8 +97,10 @@ def spread_points(
     square = torch.linalg.vector_norm(points, dim=-1).square_()
     barred = 0 if allowed is None else size if barred is None else barred
     if thin:
-        more = num - given + spare
-        picks = _thinned(points, square, first, out, allowed, barred, more, block, candidates)
+        sure, spare = num - given + repeats, spare - repeats
+        picks = _thinned(
+            points, square, first, out, allowed, barred, sure, spare, block, candidates
+        )
         return _in_place(first, picks, lost, num)
     runs = min(candidates, size)
     length = -(-size // runs)
@@ -108,11 +110,11 @@ def spread_points(
     if allowed is not None:
         distance.masked_fill_(~allowed, BARRED)
     # Enough runs hold a free point, whatever was taken before.
-    plenty = size - num - spare - barred >= min(block, runs) * length
+    counts = _counts(num - given + repeats, spare - repeats, block, runs)
+    plenty = size - num - spare - barred >= max(counts) * length
     # Candidates come farthest first: which of them do not lie farther out than which.
     nearer = torch.ones((runs, runs), dtype=torch.bool, device=points.device).triu_()
     picks = [first]
-    counts = _counts(num - given + repeats, spare - repeats, block, runs)
     for i, count in enumerate(counts):
         if i:
             rows, own = gather_rows(points, picks[i]), square.gather(1, picks[i])
@@ -149,17 +151,18 @@ def _reduced(points: Tensor, sketch: int | None) -> Tensor:
 
 
 def _counts(sure: int, spare: int, block: int, runs: int) -> list[int]:
-    """How many points each round takes: equal rounds of at most `block`.
+    """How many points each round takes: equal rounds of at most `block`, then those to spare.
 
-    Those that are spare come with the last round, as long as it has enough candidates.
+    What the first rounds take does not depend on how many come after: batch mates decide on that.
     """
-    most = min(block, runs)
-    rounds = max(-(-sure // most), 1)
-    if sure // rounds + spare > runs:
-        sure, spare = sure + spare, 0
-        rounds = -(-sure // most)
+    rounds = max(-(-sure // min(block, runs)), 1)
     counts = [sure // rounds + int(i < sure % rounds) for i in range(rounds)]
-    counts[-1] += spare
+    while spare:
+        more = min(spare, runs - counts[-1])
+        counts[-1] += more
+        spare -= more
+        if spare:
+            counts.append(0)
     return counts
 
 
@@ -180,18 +183,21 @@ def _thinned(
     out: Tensor | None,
     allowed: Tensor | None,
     barred: int,
-    more: int,
+    sure: int,
+    spare: int,
     block: int,
     candidates: int,
 ) -> list[Tensor]:
-    """The next `more` points of `spread_points` with `thin`: several of long `[b count]`."""
+    """The next points of `spread_points` with `thin`: several of long `[b count]`.
+
+    What is `spare` decides on nothing that is taken before it: batch mates decide on that.
+    """
     batch, size, _ = points.shape
     given = first.shape[1]
-    seeds = (given + more) // 2 - given if block > 1 else 0
+    seeds = (given + sure) // 2 - given if block > 1 else 0
     sample = SAMPLED * seeds
-    taken, picks = first, []
-    # The sample holds enough free points, whatever was taken before.
-    if 0 < sample < size and sample - given - barred >= seeds:
+    taken, picks, good = first, [], None
+    if 0 < sample < size:
         index = _scattered(size, sample, points.device).expand(batch, -1)
         again = index == first if given == 1 else (index[..., None] == first[:, None]).any(2)
         index = torch.cat([first, index], dim=1)
@@ -203,27 +209,41 @@ def _thinned(
         far[:, given:].masked_fill_(again, TAKEN)
         if allowed is not None:
             far.masked_fill_(~allowed.gather(1, index), BARRED)
+        if sample - given - barred < seeds:  # the sample may hold too few free points
+            free = (far >= 0).sum(1, keepdim=True)
+            good = torch.arange(seeds, device=points.device) < free
         picks.append(index.gather(1, _in_turn(apart, far, seeds)))
         taken = torch.cat([first, picks[0]], dim=1)
-        out = None if out is None else F.pad(out, (0, seeds))
-        more -= seeds
+        if out is not None or good is not None:
+            out = torch.zeros_like(first, dtype=torch.bool) if out is None else out
+            out = torch.cat([out, torch.zeros_like(picks[0]).bool() if good is None else ~good], 1)
+        sure -= seeds
     rows, own = gather_rows(points, taken), square.gather(1, taken)
     distance = _nearest(points, square, rows, own, out).scatter_(1, taken, TAKEN)
     if allowed is not None:
         distance.masked_fill_(~allowed, BARRED)
+    if good is not None:  # farthest points take the places, none measured by another
+        left, fill = distance.topk(seeds, dim=1)
+        fill = torch.where(left > BARRED, fill, fill[:, :1])
+        place = (~good).cumsum(1).sub_(1).clamp_(min=0)
+        picks[0] = torch.where(good, picks[0], fill.gather(1, place))
+        rows, own = gather_rows(points, picks[0]), square.gather(1, picks[0])
+        closer = _nearest(points, square, rows, own, good).scatter_(1, picks[0], TAKEN)
+        torch.minimum(distance, closer, out=distance)
     kept = None
-    keep = max(KEPT * more, size // KEPT_ONE_OF)
+    keep = max(KEPT * sure, size // KEPT_ONE_OF, sure + given)
     if block > 1 and 2 * keep <= size:
         distance, kept = distance.topk(keep, dim=1, sorted=False)
         points, square = gather_rows(points, kept), square.gather(1, kept)
+    candidates = min(candidates, points.shape[1])
     took = taken
-    for i, count in enumerate(_counts(more, 0, block, candidates)):
+    for i, count in enumerate(_counts(sure, spare, block, candidates)):
         if i:
             rows, own = gather_rows(points, took), square.gather(1, took)
             closer = _nearest(points, square, rows, own).scatter_(1, took, TAKEN)
             torch.minimum(distance, closer, out=distance)
         # Free points come before those that are taken, and these before those that are barred.
-        far, index = distance.topk(min(candidates, points.shape[1]), dim=1, sorted=False)
+        far, index = distance.topk(candidates, dim=1, sorted=False)
         took = index.gather(1, _in_turn(_apart(points, square, index), far, count))
         picks.append(took if kept is None else kept.gather(1, took))
     return picks

@@ -39,9 +39,11 @@ class Task(L.LightningModule):
         fallbacks: what the variant's guard counted, see `Fallbacks`; empty without one.
         extra: further plain parts of the record, by name.
         arrays: NumPy arrays by name, for `arrays.npz`; set with the results.
+        reads: whether it measures on pictures, so that `data=none` is refused.
         figures: whether `fna_lab.report` draws figures of such a run when it is finished.
     """
 
+    reads = True
     figures = False
 
     def __init__(
@@ -94,6 +96,18 @@ class Task(L.LightningModule):
     def name(self) -> str:
         """The task's name in `conf/task`: that of its file."""
         return type(self).__module__.rsplit(".", 1)[-1]
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Refuse data without pictures, before anything is measured.
+
+        Raises:
+            ValueError: `data=none`, and the task is none that measures without pictures.
+        """
+        if self.reads and self.trainer.datamodule.name == "none":  # type: ignore[attr-defined]
+            raise ValueError(
+                f"data=none: task={self.name} measures on pictures; expected data that has some, "
+                "such as data=photos."
+            )
 
     @torch.no_grad()
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:

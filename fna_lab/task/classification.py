@@ -49,6 +49,10 @@ class Classification(Task):
                 f"task.protocols={list(protocols or ())}: {sorted(unknown)[0]!r} is none of "
                 f"{', '.join(PROTOCOLS)}."
             )
+        if not knn_k or any(type(k) is not int or k < 1 for k in knn_k):
+            raise ValueError(f"task.knn_k={list(knn_k)}: expected a list of integers >= 1.")
+        if not temperature > 0:
+            raise ValueError(f"task.temperature={temperature!r}: expected a number > 0.")
         self.asked = protocols
         self.knn_k = tuple(knn_k)
         self.temperature = temperature

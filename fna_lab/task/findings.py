@@ -50,12 +50,14 @@ class Findings(Task):
         self.findings = named_findings(findings)
         self.rounds = rounds
         self._texts: Tensor | None = None
+        self._samples = "pictures"
         self._tokens: dict[str, list[Tensor]] = {}
         self._noted: dict[str, dict[str, list[Tensor]]] = {f.name: {} for f in self.findings}
 
     def on_test_start(self) -> None:
         """Embed the classes, where the backbone has texts and the data labels."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self._samples = data.samples
         if self.backbone.has_text and data.classnames is not None:
             self._texts = embed_classes(self.backbone, data.classnames, data.templates)
 
@@ -95,7 +97,7 @@ class Findings(Task):
         self.extra["findings"] = []
         for finding in self.findings:
             columns = {c: torch.cat(parts) for c, parts in self._noted[finding.name].items()}
-            verdict = finding.verdict(columns, self.backbone)
+            verdict = finding.verdict(columns, self.backbone, self._samples)
             numbers = dict(verdict.numbers)
             if verdict.holds is not None:
                 numbers["holds"] = float(verdict.holds)

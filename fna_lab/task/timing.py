@@ -37,8 +37,10 @@ slowest, rounds, least, seconds, memory: see `Settings`.
         **common: backbone and patches, see `Task`.
 
     Raises:
-        ValueError: a setting is out of range, or one of the run would do nothing here.
+        ValueError: a setting is out of range, or one would do nothing here.
     """
+
+    reads = False
 
     def __init__(
         self,
@@ -99,6 +101,7 @@ slowest, rounds, least, seconds, memory: see `Settings`.
             memory=memory,
             prefix="task.",
         )
+        self.settings.check_used(part, "a model", "task.part=selection")
         self.figures = figures
 
     def on_test_start(self) -> None:

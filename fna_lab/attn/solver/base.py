@@ -21,3 +21,16 @@ class Solver(ABC):
     @abstractmethod
     def __call__(self, kernel: Tensor, values: Tensor) -> Tensor:
         """Z(A) B: kernel A `[b h r m]`, values B `[b h r d]` -> `[b h m d]`."""
+
+
+def check_solver(solver: object) -> None:
+    """Raise unless it is a solver, or None.
+
+    Raises:
+        TypeError: naming the setting and its value.
+    """
+    if solver is not None and not isinstance(solver, Solver):
+        raise TypeError(
+            f"attn.solver={solver!r}: expected attn/solver=NAME on the command line, in Python a "
+            "solver of fna_lab.attn.solver."
+        )
