@@ -21,7 +21,7 @@ from fna_lab.bench.progress import Say, follow
 from fna_lab.bench.settings import Settings
 from fna_lab.metric import cost
 
-SAMPLERS = ("grid_fps", "fps", "fps:block=16", "kmeans", "grid", "random", "segment", "leverage")
+SAMPLERS = ("grid_fps", "fps", "fps:block=32", "kmeans", "grid", "random", "segment", "leverage")
 
 
 def bench_selection(

@@ -232,7 +232,7 @@ def _thinned(
         torch.minimum(distance, closer, out=distance)
     kept = None
     keep = max(KEPT * sure, size // KEPT_ONE_OF, sure + given)
-    if block > 1 and 2 * keep <= size:
+    if block > 1 and 2 * keep <= size and sure > block:  # one round measures no point again
         distance, kept = distance.topk(keep, dim=1, sorted=False)
         points, square = gather_rows(points, kept), square.gather(1, kept)
     candidates = min(candidates, points.shape[1])

@@ -16,8 +16,8 @@ class FarthestPointLandmarks(LandmarkSampler):
         sketch: project the features to so many random dimensions first; None keeps them all.
         block: take half of the landmarks from a sample, half from what then lies farthest out,
             the latter so many at a time (`ops.spread_points` with `thin`): much faster, at nearly
-            the same coverage. A quarter of the landmarks is a good number, 16 for 64: fewer at a
-            time take longer, more cover less well. None = one by one from all tokens, exactly.
+            the same coverage. 32 is a good number for 64 landmarks and more; fewer at a time
+            cover points better that vary smoothly. None = one by one from all tokens, exactly.
 
     Raises:
         ValueError: `sketch` or `block` is not positive.
@@ -60,7 +60,7 @@ class FarthestPointLandmarks(LandmarkSampler):
             barred=self.barred,
             sketch=self.sketch,
             block=self.block,
-            candidates=max(64, 4 * self.block),
+            candidates=max(64, 5 * self.block),
             thin=True,
         )
 
