@@ -7,7 +7,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -23,7 +23,8 @@ class Verdict:
 
     Attributes:
         holds: None = these pictures and this backbone cannot tell.
-        says: why, in one sentence with numbers.
+        says: why, in one sentence with numbers. What `judge` gives has `{samples}` or `{sample}`
+            where the data's own word for its pictures belongs.
         numbers: what the verdict rests on, by name.
     """
 
@@ -72,16 +73,21 @@ class Finding(ABC):
         """Numbers of each picture, `[b]` or `[b r]`; NaN where a picture cannot tell."""
 
     @abstractmethod
+    def judge(self, found: Mapping[str, Tensor], backbone: Backbone) -> Verdict:
+        """What the numbers of all pictures, `[n]` or `[n r]`, come to."""
+
     def verdict(
         self, found: Mapping[str, Tensor], backbone: Backbone, samples: str = "pictures"
     ) -> Verdict:
-        """What the numbers of all pictures, `[n]` or `[n r]`, come to.
+        """What they come to, in the data's own words.
 
         Args:
             found: as `measure` gives them, of all pictures.
             backbone: that they are of.
             samples: what the data calls its pictures, in the plural.
         """
+        judged = self.judge(found, backbone)
+        return replace(judged, says=judged.says.format(samples=samples, sample=samples[:-1]))
 
     @property
     def name(self) -> str:
@@ -89,6 +95,8 @@ class Finding(ABC):
         return type(self).__module__.rsplit(".", 1)[-1]
 
 
+# What is said where no picture can tell.
+NONE_TAKEN = "no {sample} here has such tokens, so nothing can be taken away"
 # A log ratio below it, which is 5 %, is called small beside growth by factors.
 SMALL = 0.05
 
@@ -144,14 +152,7 @@ def only(values: Tensor, where: Tensor) -> Tensor:
 
 
 def compared(
-    mean: Mean | None,
-    level: float,
-    says: str,
-    name: str,
-    *,
-    above: bool,
-    small: float = 0.0,
-    samples: str = "pictures",
+    mean: Mean | None, level: float, says: str, name: str, *, above: bool, small: float = 0.0
 ) -> Verdict:
     """The verdict on a mean that is claimed to lie above (or below) a level, interval and all.
 
@@ -163,15 +164,12 @@ def compared(
         name: of the number.
         above: which side is claimed.
         small: a smaller difference from the level is called so, however sure it is.
-        samples: what the data calls its samples, in the plural.
     """
     if mean is None:
-        return Verdict(
-            None, f"no {samples[:-1]} here has such tokens, so nothing can be taken away"
-        )
+        return Verdict(None, NONE_TAKEN)
     up, down = mean.low > level, mean.high < level
     holds = None if not (up or down) else up == above
-    text = says.format(mean=mean.said(), change=mean.change(), n=mean.count, samples=samples)
+    text = says.format(mean=mean.said(), change=mean.change(), n=mean.count, samples="{samples}")
     if holds is None:
         text += "; the interval includes no effect"
     elif abs(mean.value - level) < small:

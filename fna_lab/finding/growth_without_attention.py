@@ -48,23 +48,19 @@ class GrowthWithoutAttention(Finding):
                 found[f"{kind}_{name}"] = only(mean.exp(), chosen.any(1))
         return found
 
-    def verdict(
-        self, found: Mapping[str, Tensor], backbone: Backbone, samples: str = "pictures"
-    ) -> Verdict:
+    def judge(self, found: Mapping[str, Tensor], backbone: Backbone) -> Verdict:
         """On how much more massive tokens grow than others with attention off, if they grow."""
         massive, normal = found["massive_off"].log(), found["normal_off"].log()
         ratio, growth, others = Mean.of(massive - normal), Mean.of(massive), Mean.of(normal)
         if ratio is None or growth is None or others is None:
-            return compared(None, 0.0, "", "log_growth", above=True, samples=samples)
+            return compared(None, 0.0, "", "log_growth", above=True)
         first, last = max(backbone.anatomy.restart, 1), backbone.anatomy.detect - 1
         says = (
             f"blocks {first}-{max(first, last)} without attention: norms grow by a factor of "
             f"{math.exp(growth.value):.3g} in massive tokens and {math.exp(others.value):.3g} in "
             "others ({change}), over {n} {samples}"
         )
-        verdict = compared(
-            ratio, 0.0, says, "log_growth", above=True, small=SMALL, samples=samples
-        )
+        verdict = compared(ratio, 0.0, says, "log_growth", above=True, small=SMALL)
         numbers = {**verdict.numbers, **growth.numbers("log_growth_massive")}
         if verdict.holds and growth.high < 0:  # others shrink even more, but these do not grow
             return Verdict(False, f"{verdict.says}; but massive tokens shrink", numbers)

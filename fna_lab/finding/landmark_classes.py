@@ -53,12 +53,7 @@ class LandmarkClasses(Finding):
         found["artifact_tokens"] = (sinks & ~massive).sum(1).double()
         return found
 
-    def verdict(
-        self,
-        found: Mapping[str, Tensor],
-        backbone: Backbone,
-        samples: str = "pictures",  # noqa: ARG002
-    ) -> Verdict:
+    def judge(self, found: Mapping[str, Tensor], backbone: Backbone) -> Verdict:
         """On the three published choices, each against ignoring the class, in pairs."""
         best = max(CELLS, key=lambda cell: float(found["_".join(cell)].mean()))
         numbers = {f"cosine_{'_'.join(c)}": float(found["_".join(c)].mean()) for c in CELLS}

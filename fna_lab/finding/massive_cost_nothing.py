@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fna_lab.backbone.base import Backbone
-from fna_lab.finding.base import Finding, Mean, Plot, Verdict, only
+from fna_lab.finding.base import NONE_TAKEN, Finding, Mean, Plot, Verdict, only
 from fna_lab.finding.lab import Given, Lab
 from fna_lab.mask.type1 import Type1Mask
 
@@ -43,29 +43,22 @@ class MassiveCostNothing(Finding):
                 found[f"{name}_accuracy_change"] = only(right - before, some)
         return found
 
-    def verdict(
-        self,
-        found: Mapping[str, Tensor],
-        backbone: Backbone,  # noqa: ARG002
-        samples: str = "pictures",
-    ) -> Verdict:
+    def judge(self, found: Mapping[str, Tensor], backbone: Backbone) -> Verdict:  # noqa: ARG002
         """On accuracy (within one point) where it can tell, else on the cosine (0.99)."""
         means = {name: Mean.of(values) for name, values in found.items()}
         numbers = {k: v for name, m in means.items() if m for k, v in m.numbers(name).items()}
         cosine, random = means["massive"], means["random"]
         if cosine is None or random is None:
-            return Verdict(
-                None, f"no {samples[:-1]} here has such tokens, so nothing can be taken away"
-            )
+            return Verdict(None, NONE_TAKEN)
         text = f"cosine {_said(cosine)} against {_said(random)} for as many other patches"
         holds = _clear(cosine.low, cosine.high, COSINE)
         change = means.get("massive_accuracy_change")
         if change is None:
-            return Verdict(holds, f"{text}, over {cosine.count} {samples}", numbers)
+            return Verdict(holds, f"{text}, over {cosine.count} {{samples}}", numbers)
         # Where no picture changes the bootstrap sees no doubt: one in 3 / n may (rule of three).
         doubt = 3 / change.count if change.low == change.high else 0.0
         told = _clear(change.low - doubt, change.high + doubt, -ACCURACY)
-        text = f"accuracy changes by {change.said('+.2g')} over {change.count} {samples}; {text}"
+        text = f"accuracy changes by {change.said('+.2g')} over {change.count} {{samples}}; {text}"
         if told is not None:
             return Verdict(told, text, numbers)
         return Verdict(holds, f"{text}; by the cosine: these are too few for a point", numbers)

@@ -47,14 +47,12 @@ class NoMassiveInMae(Finding):
         return {"ratio": ratio.amax(0).double(), "top": top.amax(0).double(),
                 "massive": massive.double()}  # fmt: skip
 
-    def verdict(
-        self, found: Mapping[str, Tensor], backbone: Backbone, samples: str = "pictures"
-    ) -> Verdict:
+    def judge(self, found: Mapping[str, Tensor], backbone: Backbone) -> Verdict:
         """On the share of pictures with a massive activation, for MAE; of others it is told."""
         share, ratio, top = (Mean.of(found[name]) for name in ("massive", "ratio", "top"))
         assert share is not None and ratio is not None and top is not None
         text = (
-            f"{share.value * share.count:.0f} of {share.count} {samples} have massive "
+            f"{share.value * share.count:.0f} of {share.count} {{samples}} have massive "
             f"activations, the largest of one is {top.value:.3g} in size (massive: above {SIZE:g})"
             f" and {ratio.said()} medians of its block (above {RATIO:g})"
         )

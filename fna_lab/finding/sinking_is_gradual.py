@@ -48,24 +48,17 @@ class SinkingIsGradual(Finding):
             found[f"{name}_suddenness"] = only(_suddenness(found[name]), rounds >= 2)
         return found
 
-    def verdict(
-        self,
-        found: Mapping[str, Tensor],
-        backbone: Backbone,  # noqa: ARG002
-        samples: str = "pictures",
-    ) -> Verdict:
+    def judge(self, found: Mapping[str, Tensor], backbone: Backbone) -> Verdict:  # noqa: ARG002
         """On the mean difference of suddenness, in pairs."""
         masking, sinking = (found[f"{name}_suddenness"] for name in ("masking", "sinking"))
         difference, masked, sunk = Mean.of(masking - sinking), Mean.of(masking), Mean.of(sinking)
         if difference is None or masked is None or sunk is None:
-            return Verdict(None, f"no {samples[:-1]} here has two sinks to take out")
+            return Verdict(None, "no {sample} here has two sinks to take out")
         says = (
             f"the largest single drop is {masked.value:.0%} of the whole fall under masking, "
-            f"{sunk.value:.0%} under sinking: difference {{mean}} over {{n}} {samples}"
+            f"{sunk.value:.0%} under sinking: difference {{mean}} over {{n}} {{samples}}"
         )
-        return compared(
-            difference, 0.0, says, "suddenness_difference", above=True, small=0.05, samples=samples
-        )
+        return compared(difference, 0.0, says, "suddenness_difference", above=True, small=0.05)
 
 
 def _suddenness(strength: Tensor) -> Tensor:

@@ -38,13 +38,11 @@ class SinkingShrinks(Finding):
             "sinking": only(lab.norms(sunk.hidden[block]).amax(1) / unit, some),
         }
 
-    def verdict(
-        self, found: Mapping[str, Tensor], backbone: Backbone, samples: str = "pictures"
-    ) -> Verdict:
+    def judge(self, found: Mapping[str, Tensor], backbone: Backbone) -> Verdict:
         """On the mean log ratio of the two, in pairs."""
         ratio = Mean.of((found["sinking"] / found["masking"]).log())
         says = (
             f"largest norm behind block {backbone.anatomy.detect}: "
             "{change} after sinking than after masking, over {n} {samples}"
         )
-        return compared(ratio, 0.0, says, "log_ratio", above=False, small=SMALL, samples=samples)
+        return compared(ratio, 0.0, says, "log_ratio", above=False, small=SMALL)

@@ -38,9 +38,7 @@ class Type1PeakInCls(Finding):
             found[name] = only(size[:, 0] / size[:, prefix:].amax(1), some)
         return found
 
-    def verdict(
-        self, found: Mapping[str, Tensor], backbone: Backbone, samples: str = "pictures"
-    ) -> Verdict:
+    def judge(self, found: Mapping[str, Tensor], backbone: Backbone) -> Verdict:
         """On the share of pictures whose largest activation is in CLS."""
         if not backbone.has_cls:
             return Verdict(None, "this backbone has no CLS")
@@ -48,7 +46,7 @@ class Type1PeakInCls(Finding):
         for name, ratio in found.items():
             shares[name] = Mean.of(only(ratio > 1, ratio.isfinite()))
         says = "share of {n} {samples} with the largest activation in CLS: {mean}"
-        verdict = compared(shares["type1"], 0.5, says, "share_type1", above=True, samples=samples)
+        verdict = compared(shares["type1"], 0.5, says, "share_type1", above=True)
         if shares["plain"] is None:
             return verdict
         plain = shares["plain"]

@@ -40,13 +40,8 @@ class Type2ControlsGrowth(Finding):
             for name, trace in traces.items()
         }
 
-    def verdict(
-        self,
-        found: Mapping[str, Tensor],
-        backbone: Backbone,  # noqa: ARG002
-        samples: str = "pictures",
-    ) -> Verdict:
+    def judge(self, found: Mapping[str, Tensor], backbone: Backbone) -> Verdict:  # noqa: ARG002
         """On the mean log ratio of the two, in pairs."""
         ratio = Mean.of((found["type2"] / found["type1"]).log())
         says = "largest norm of a sink: {change} under Type II than Type I, over {n} {samples}"
-        return compared(ratio, 0.0, says, "log_ratio", above=False, small=SMALL, samples=samples)
+        return compared(ratio, 0.0, says, "log_ratio", above=False, small=SMALL)
