@@ -17,6 +17,7 @@ from fna_lab.ops.nystrom import (
     nystrom_chain,
     only_keys,
     packed_table,
+    put_tokens,
     repeated_landmarks,
     table_rows,
 )
@@ -193,7 +194,8 @@ def clustered_attention(
         raise ValueError("Expected no bias with own or sunk.")
     means, sizes = cluster_means(k, members, landmarks.shape[-1])
     sizes = each_head(sizes)
-    dead = None if distinct or distinct is None and keys is None else sizes == 0
+    distinct = keys is None if distinct is None else distinct
+    dead = None if distinct else sizes == 0
     # A repeated landmark has no cluster: log 0 keeps everybody from it.
     columns = corner = sizes.log()[:, :, None]
     seen = None
@@ -227,7 +229,7 @@ def clustered_attention(
         gather=few,
     )
     if exact_rows:
-        out = _put_rows(out, tokens[..., :exact_rows], exact[:, :, :exact_rows])
+        out = put_tokens(out, tokens[..., :exact_rows], exact[:, :, :exact_rows])
     if own is None:
         return out
     rows, valid = own
@@ -242,15 +244,7 @@ def clustered_attention(
     total = torch.logaddexp(alone, others)
     now = now.masked_fill(whole == -torch.inf, 0)  # they see nothing but themselves
     right = now * (whole - total).exp() + gather_tokens(v, rows) * (alone - total).exp()
-    return _put_rows(out, rows, torch.where(valid[:, None, :, None], right, now))
-
-
-def _put_rows(out: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
-    """`[b h n d]` with rows `[b h t d]` in the place of tokens long `[b t]` or `[b h t]`."""
-    index = each_head(tokens)[..., None].expand_as(rows)
-    if out.requires_grad:  # the fused kernel keeps its output for the backward pass
-        return out.scatter(2, index, rows)
-    return out.scatter_(2, index, rows)
+    return put_tokens(out, rows, torch.where(valid[:, None, :, None], right, now))
 
 
 class _WithoutSunk:

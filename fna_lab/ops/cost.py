@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fna_lab.ops.spread import SAMPLED
+
 
 def attention_flops(tokens: int, heads: int, head_dim: int) -> int:
     """Exact attention: the products q k' and (weights) v of one picture."""
@@ -89,13 +91,12 @@ def spread_points_flops(
     other half are counted as half of that.
     """
     _positive(tokens=tokens, channels=channels, landmarks=landmarks)
-    reduced = sketch is not None and sketch < channels
-    dims = sketch if reduced and sketch is not None else channels
-    project = 2 * tokens * channels * dims if reduced else 0
+    dims = min(sketch or channels, channels)
+    project = 2 * tokens * channels * dims if dims < channels else 0
     if not thin:
         return project + 2 * tokens * dims * landmarks
     half = -(-landmarks // 2)
-    sample = min(5 * half, tokens)
+    sample = min(SAMPLED * half, tokens)
     return project + 2 * dims * (tokens * half + 3 * sample**2 // 2)
 
 

@@ -104,11 +104,7 @@ def nystrom_attention(
     )
     if not exact_rows:
         return out
-    exact = exact[:, :, :exact_rows]
-    index = each_head(landmarks)[:, :, :exact_rows, None].expand_as(exact)
-    if out.requires_grad:  # the fused kernel keeps its output for the backward pass
-        return out.scatter(2, index, exact)
-    return out.scatter_(2, index, exact)
+    return put_tokens(out, landmarks[..., :exact_rows], exact[:, :, :exact_rows])
 
 
 def nystrom_chain(
@@ -236,6 +232,14 @@ def gather_tokens(x: Tensor, landmarks: Tensor) -> Tensor:
         return rows.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
     index = each_head(landmarks)[..., None]
     return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def put_tokens(out: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+    """What attention gave, `[b h n d]`, with rows `[b h m d]` at long `[b m]` or `[b h m]`."""
+    index = each_head(tokens)[..., None].expand_as(rows)
+    if out.requires_grad:  # the fused kernel keeps its output for the backward pass
+        return out.scatter(2, index, rows)
+    return out.scatter_(2, index, rows)
 
 
 def packed_table(x: Tensor) -> tuple[Tensor, int] | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fna_lab.ops.attention import attention_with_lse
 from fna_lab.ops.checks import check_bool, check_choice, check_qkv, default_scale
-from fna_lab.ops.nystrom import gather_tokens
+from fna_lab.ops.nystrom import gather_tokens, put_tokens
 
 PATTERNS = (
     "type1",
@@ -298,9 +298,7 @@ def restore_own_rows(
         exact = now + weight * own_v
     # Autocast gives the fused kernel's output a dtype of its own.
     exact = torch.where(valid[:, None, :, None], exact.to(out.dtype), now)
-    if out.requires_grad:  # the fused kernel keeps its output for the backward pass
-        return out.scatter(2, index, exact)
-    return out.scatter_(2, index, exact)
+    return put_tokens(out, rows, exact)
 
 
 def _dense(

@@ -78,7 +78,7 @@ def spread_points(
         )
     first = _first(points, num, first, allowed)
     points = _reduced(points.detach(), sketch)
-    if points.dtype == torch.float32 and use_kernels(points):  # exact ones, and faster still
+    if points.dtype == torch.float32 and use_kernels(points):  # exact ones
         from fna_lab.ops.kernels.points import farthest_points as on_chip
 
         return on_chip(points, num, first, allowed, repeats)
@@ -105,8 +105,7 @@ def spread_points(
     runs = min(candidates, size)
     length = -(-size // runs)
     # The squared distance to the nearest point taken.
-    rows, own = gather_rows(points, first), square.gather(1, first)
-    distance = _nearest(points, square, rows, own, out).scatter_(1, first, TAKEN)
+    distance = _nearest(points, square, first, out)
     if allowed is not None:
         distance.masked_fill_(~allowed, BARRED)
     # Enough runs hold a free point, whatever was taken before.
@@ -117,9 +116,7 @@ def spread_points(
     picks = [first]
     for i, count in enumerate(counts):
         if i:
-            rows, own = gather_rows(points, picks[i]), square.gather(1, picks[i])
-            closer = _nearest(points, square, rows, own).scatter_(1, picks[i], TAKEN)
-            torch.minimum(distance, closer, out=distance)
+            torch.minimum(distance, _nearest(points, square, picks[i]), out=distance)
         took = _take(points, square, distance, nearer, count)
         if not plenty:
             took = _free(distance, took)
@@ -171,9 +168,13 @@ def _in_place(first: Tensor, picks: list[Tensor], lost: Tensor | None, num: int)
     if lost is None:
         return torch.cat([first, *picks], dim=1)
     more, own = torch.cat(picks, dim=1), num - first.shape[1]
-    place = (lost.cumsum(1) + (own - 1)).clamp_(min=0)
-    first = torch.where(lost, more.gather(1, place), first)
-    return torch.cat([first, more[:, :own]], dim=1)
+    return torch.cat([_filled(first, ~lost, more[:, own:]), more[:, :own]], dim=1)
+
+
+def _filled(picks: Tensor, good: Tensor, fill: Tensor) -> Tensor:
+    """Picks long `[b m]`, the first of `fill` `[b k]` in the places of those that are not good."""
+    place = (~good).cumsum(1).sub_(1).clamp_(min=0)
+    return torch.where(good, picks, fill.gather(1, place))
 
 
 def _thinned(
@@ -218,18 +219,13 @@ def _thinned(
             out = torch.zeros_like(first, dtype=torch.bool) if out is None else out
             out = torch.cat([out, torch.zeros_like(picks[0]).bool() if good is None else ~good], 1)
         sure -= seeds
-    rows, own = gather_rows(points, taken), square.gather(1, taken)
-    distance = _nearest(points, square, rows, own, out).scatter_(1, taken, TAKEN)
+    distance = _nearest(points, square, taken, out)
     if allowed is not None:
         distance.masked_fill_(~allowed, BARRED)
     if good is not None:  # farthest points take the places, none measured by another
         left, fill = distance.topk(seeds, dim=1)
-        fill = torch.where(left > BARRED, fill, fill[:, :1])
-        place = (~good).cumsum(1).sub_(1).clamp_(min=0)
-        picks[0] = torch.where(good, picks[0], fill.gather(1, place))
-        rows, own = gather_rows(points, picks[0]), square.gather(1, picks[0])
-        closer = _nearest(points, square, rows, own, good).scatter_(1, picks[0], TAKEN)
-        torch.minimum(distance, closer, out=distance)
+        picks[0] = _filled(picks[0], good, torch.where(left > BARRED, fill, fill[:, :1]))
+        torch.minimum(distance, _nearest(points, square, picks[0], good), out=distance)
     kept = None
     keep = max(KEPT * sure, size // KEPT_ONE_OF, sure + given)
     if block > 1 and 2 * keep <= size and sure > block:  # one round measures no point again
@@ -239,9 +235,7 @@ def _thinned(
     took = taken
     for i, count in enumerate(_counts(sure, spare, block, candidates)):
         if i:
-            rows, own = gather_rows(points, took), square.gather(1, took)
-            closer = _nearest(points, square, rows, own).scatter_(1, took, TAKEN)
-            torch.minimum(distance, closer, out=distance)
+            torch.minimum(distance, _nearest(points, square, took), out=distance)
         # Free points come before those that are taken, and these before those that are barred.
         far, index = distance.topk(candidates, dim=1, sorted=False)
         took = index.gather(1, _in_turn(_apart(points, square, index), far, count))
@@ -311,23 +305,19 @@ def _free(distance: Tensor, took: Tensor) -> Tensor:
     good = distance.gather(1, took) >= 0
     rest = distance.scatter(1, torch.where(good, took, took[:, :1]), TAKEN)
     left, fill = rest.topk(took.shape[1], dim=1)
-    fill = torch.where(left > BARRED, fill, took[:, :1])
-    place = (~good).cumsum(1).sub_(1).clamp_(min=0)
-    return torch.where(good, took, fill.gather(1, place))
+    return _filled(took, good, torch.where(left > BARRED, fill, took[:, :1]))
 
 
-def _nearest(
-    points: Tensor, square: Tensor, rows: Tensor, own: Tensor, out: Tensor | None = None
-) -> Tensor:
-    """The squared distance of `[b n c]` to the nearest of `[b g c]`: `[b n]`.
+def _nearest(points: Tensor, square: Tensor, taken: Tensor, out: Tensor | None = None) -> Tensor:
+    """The squared distance of `[b n c]` to the nearest taken point, `TAKEN` of those: `[b n]`.
 
-    `square` and `own` are |x|^2 of both, `out` bool `[b g]` leaves some out.
+    `square` is |x|^2, `taken` long `[b g]`; `out` bool `[b g]` measures against others alone.
     """
+    rows, own = gather_rows(points, taken), square.gather(1, taken)
     own = own if out is None else own.masked_fill(out, torch.inf)
     # Tokens lie side by side in the product: the smallest of each is found many at a time.
-    return (
-        torch.baddbmm(own[..., None], rows, points.mT, alpha=-2).amin(1).add_(square).clamp_(min=0)
-    )
+    nearest = torch.baddbmm(own[..., None], rows, points.mT, alpha=-2).amin(1)
+    return nearest.add_(square).clamp_(min=0).scatter_(1, taken, TAKEN)
 
 
 def gather_rows(points: Tensor, index: Tensor) -> Tensor:
