@@ -92,7 +92,8 @@ def test_imports_go_in_one_direction(path: Path) -> None:
         library = module.split(".")[0]
         assert part in ONLY.get(library, {part}), f"{part} must not import {library}"
         if part == "ops":
-            more = {"triton"} if path in KERNELS else set()
+            # Steps of a few microseconds on the CPU, where a call of torch takes longer than they.
+            more = {"triton"} if path in KERNELS else {"numpy"} if path.stem == "spread" else set()
             assert library in {"torch", "fna_lab"} | more | sys.stdlib_module_names
 
 

@@ -80,13 +80,15 @@ def test_a_landmark_is_its_own_among_equal_points_and_a_repeat_is_nobodys():
     assert members[0, [5, 2, 0]].tolist() == [0, 1, 3] and 2 not in members[0].tolist()
 
 
-@pytest.mark.parametrize("take", [clustered._bagged_means, clustered._product_means])
-def test_means_and_sizes_are_those_of_the_clusters(take, monkeypatch):
-    # The first is for the CPU, the second for other devices.
-    monkeypatch.setattr(clustered, "_bagged_means", take)
+@pytest.mark.parametrize("way", ["cpu", "cpu, in runs", "other devices"])
+def test_means_and_sizes_are_those_of_the_clusters(way, monkeypatch):
     (x, _, _) = random_qkv(tokens=7)
     members = torch.tensor([[0, 0, 1, -1, 1, 1, 3], [2, 2, 2, 2, 2, 2, 2]])
-    means, sizes = ops.cluster_means(x, members, 4)
+    if way == "other devices":
+        product = clustered._product_means
+        monkeypatch.setattr(clustered, "_bagged_means", lambda x, *_: product(x, members, 4))
+    runs = ops.cluster_runs(members, 4) if way == "cpu, in runs" else None
+    means, sizes = ops.cluster_means(x, members, 4, runs=runs)
     assert sizes.tolist() == [[2, 3, 0, 1], [0, 0, 7, 0]]
     torch.testing.assert_close(means[0, :, 1], x[0][:, [2, 4, 5]].mean(1))
     torch.testing.assert_close(means[1, :, 2], x[1].mean(1))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hosts import build
 
 import fna_lab
 from fna_lab import ops
-from fna_lab.attn.base import Context
+from fna_lab.attn.base import Context, Removal
 from fna_lab.attn.fna import FastNystromAttention
 from fna_lab.attn.fna_paper import PublishedFastNystromAttention
 from fna_lab.attn.landmarks.fps import FarthestPointLandmarks
@@ -152,7 +154,10 @@ def test_a_picture_does_not_see_its_batch_mates():
         (dict(guarantee=["sink"]), r"attn.guarantee=\['sink'\]: expected classes among cls, reg"),
         (dict(exclude=["cls"]), r"attn.exclude=\['cls'\]: cls cannot be guaranteed and excl"),
         (dict(exclude="patch"), r"attn.exclude=\['patch'\]"),
-        (dict(renew="sometimes"), "attn.renew='sometimes': expected never, every, or an integer"),
+        (
+            dict(renew="sometimes"),
+            "attn.renew='sometimes': expected every, settled, never, or an i",
+        ),
         (dict(renew=True), "attn.renew=True"),
         (dict(renew=-1), "attn.renew=-1"),
     ],
@@ -168,10 +173,19 @@ def test_a_class_that_nobody_detected_is_named():
 
 
 @pytest.mark.parametrize(
-    ("renew", "wanted"),
-    [("never", [0]), (0, [0]), ("every", [0, 1, 2, 3]), (1, [0, 1, 2, 3]), (2, [0, 2])],
+    ("renew", "depth", "wanted"),
+    [
+        ("never", 4, [0]),
+        (0, 4, [0]),
+        ("every", 4, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        (1, None, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        (2, 4, [0, 2, 4, 6, 8]),
+        ("settled", 4, [0, 1, 2, 5, 8]),
+        ("settled", 12, [0, 1, 2, 3, 4, 5, 6]),
+        ("settled", None, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+    ],
 )
-def test_landmarks_are_renewed_as_often_as_said(renew, wanted):
+def test_landmarks_are_renewed_as_often_as_said(renew, depth, wanted):
     seen = []
 
     class Sampler(FarthestPointLandmarks):
@@ -180,11 +194,50 @@ def test_landmarks_are_renewed_as_often_as_said(renew, wanted):
             return super().__call__(points, num, **more)
 
     variant = FastNystromAttention(num_landmarks=6, renew=renew, landmarks=Sampler())
-    q, k, v, context = call()
-    for layer in range(4):
-        context.nth = layer
+    q, k, v, context = call(depth=depth)
+    for layer in range(9):
+        # The layer decides on what has settled, not how many before it were replaced.
+        context = replace(context, layer=layer, nth=layer)
         variant(q, k, v, context)
     assert seen == wanted
+
+
+def test_a_layer_that_renews_nothing_attends_to_the_same_clusters():
+    variant = FastNystromAttention(num_landmarks=6, renew="never")
+    q, k, v, context = call()
+    variant(q, k, v, context)
+    marks, members = variant.taken(q, context)
+    context.nth = 1
+    q, k, v = (t.flip(2) for t in (q, k, v))
+    out = variant(q, k, v, context)
+    more = dict(scale=8**-0.5, rows=marks, exact_rows=1, distinct=True)
+    wanted = ops.clustered_attention(q, k, v, marks, members, variant.solver, **more)
+    torch.testing.assert_close(out, wanted)
+    assert torch.equal(variant.taken(q, context)[1], members)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@every_variant
+def test_landmarks_from_before_a_mask_serve_no_layer_behind_it(variant, padded):
+    mask = torch.ones(3, 1, 1, 45, dtype=torch.bool)
+    mask[..., 40:] = not padded
+    given = variant(num_landmarks=6, renew="never")
+    q, k, v, context = call(attn_mask=mask if padded else None)
+    given(q, k, v, context)
+    before = given.taken(q, context)[0] if variant is FastNystromAttention else None
+    gone = torch.zeros(3, 45, dtype=torch.bool)
+    gone.scatter_(1, given.choose(q, k, given.keys(q, context)[0], context)[:, 1:], True)
+    context.nth = 1
+    removal = Removal(gone, "type1", "mask", *ops.token_rows(gone))
+    behind = replace(context, removal=removal)
+    out = given(q, k, v, behind)
+    taken = given.choose(q, k, given.keys(q, behind)[0], behind)
+    assert not gone.gather(1, taken).any() and out.isfinite().all()
+    after = given(q, k, v, context)  # a layer without the mask: as if none had been there
+    alone = given(q, k, v, replace(context, shared={}, nth=0))
+    torch.testing.assert_close(after, alone)
+    if before is not None:
+        assert torch.equal(given.taken(q, context)[0], before)
 
 
 def test_put_first_equals_its_definition():

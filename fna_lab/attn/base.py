@@ -54,6 +54,7 @@ class Context:
         stopwatch: notes the time of parts, None where nobody measures.
         classes: token classes that the variant asked for by `token_classes`, bool `[b n]` each.
         reweigh: changes the attention weights `[b h n n]`, where a mask strategy does so.
+        depth: number of blocks of the host, None where unknown.
     """
 
     layer: int
@@ -71,6 +72,7 @@ class Context:
     reweigh: Callable[[Tensor], Tensor] | None = None
     num_extra_tokens: int = 0
     num_suffix_tokens: int = 0
+    depth: int | None = None
 
     @property
     def kept(self) -> Tensor | None:

@@ -27,7 +27,7 @@ class ExplicitAttention(LandmarkAttention):
         landmarks: the sampler; None = half a grid, half farthest points.
         solver: what stands for the inverse of A; None = ridge.
         source: what is sampled; see `LandmarkAttention`.
-        renew: take landmarks anew at `every` layer, every so many, or `never`.
+        renew: where landmarks are taken anew; see `LandmarkAttention`.
         guarantee: token classes that are explicit, as far as there is room.
         exclude: token classes that are neither explicit nor landmarks.
         per_head: every head samples its own landmarks, from its own q or k.

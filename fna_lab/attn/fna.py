@@ -15,7 +15,7 @@ from fna_lab.attn.guard import Guard
 from fna_lab.attn.landmarks.base import HEAD_SOURCES, LandmarkSampler, source_points
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
 from fna_lab.attn.layers import Counts
-from fna_lab.attn.reduced import LandmarkAttention
+from fna_lab.attn.reduced import LandmarkAttention, slot_of
 from fna_lab.attn.solver.base import Solver, check_solver
 from fna_lab.attn.solver.ridge import RidgeSolver
 
@@ -37,7 +37,7 @@ class FastNystromAttention(LandmarkAttention):
         solver: what stands for the inverse of A; None = ridge.
         source: what is sampled and clustered; see `LandmarkAttention`.
         sketch: project that to so many random dimensions first; None = no projection.
-        renew: take landmarks anew at `every` layer, every so many, or `never`.
+        renew: where landmarks and their clusters are taken anew; see `LandmarkAttention`.
         guarantee: token classes that are landmarks; see `LandmarkAttention`.
         exclude: token classes that are never landmarks.
         per_head: every head samples its own landmarks, from its own q or k.
@@ -62,7 +62,7 @@ class FastNystromAttention(LandmarkAttention):
         solver: Solver | None = None,
         source: str = "k",
         sketch: int | None = 64,
-        renew: int | str = 1,
+        renew: int | str = "settled",
         guarantee: Sequence[str] = ("cls",),
         exclude: Sequence[str] = (),
         per_head: bool = False,
@@ -109,16 +109,15 @@ class FastNystromAttention(LandmarkAttention):
         more: dict[str, Any] = {"scale": context.scale, "solver": self.solver}
         more |= {"keys": keys, "bias": bias, "distinct": self._distinct(keys, context)}
         more["exact_rows"] = int(self.exact_cls and "cls" in self.guarantee and context.has_cls)
-        points = self._points(q, k, context)
+        points = None
+        if self.served(keys, context) is None:
+            points = self._points(q, k, context)
         sampled = None if self.landmarks.reads == "attention" else points
         landmarks = self.choose(q, k, keys, context, sampled)
         attention = ops.nystrom_attention
         if self.clusters:
             attention = ops.clustered_attention
-            more["members"] = self._members(
-                points, landmarks, keys, context, distinct=more["distinct"]
-            )
-            context.shared["members"] = more["members"]  # for those who look on
+            more |= self._clusters(points, landmarks, keys, context, distinct=more["distinct"])
             more["rows"] = self._fitted(landmarks, keys, q.shape[2])
             removal = context.removal
             if removal is not None and self.removes(v, bias):
@@ -148,6 +147,28 @@ class FastNystromAttention(LandmarkAttention):
         # Keys and queries differ in all heads: two projections of half of them are as good.
         groups = math.gcd(2, points.shape[2], self.sketch) if self.source in HEAD_SOURCES else 1
         return ops.sketch_points(points, self.sketch, groups=groups)
+
+    def _clusters(
+        self,
+        points: Tensor | None,
+        landmarks: Tensor,
+        keys: Tensor | None,
+        context: Context,
+        *,
+        distinct: bool,
+    ) -> dict[str, Any]:
+        """Clusters of landmarks for `ops.clustered_attention`: new ones if there are points."""
+        shared, slot = context.shared, slot_of(keys, context)
+        members, order, begin = (f"{slot}: {part}" for part in ("members", "order", "begin"))
+        if points is not None:
+            shared[members] = self._members(points, landmarks, keys, context, distinct=distinct)
+            shared.pop(order, None)
+        found: dict[str, Any] = {"members": shared[members]}
+        if self.per_head or self.guard is not None or landmarks.device.type != "cpu":
+            return found  # nobody asks for runs
+        if order not in shared:
+            shared[order], shared[begin] = ops.cluster_runs(shared[members], landmarks.shape[1])
+        return found | {"runs": (shared[order], shared[begin])}
 
     def _members(
         self,

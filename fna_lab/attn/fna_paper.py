@@ -21,7 +21,7 @@ class PublishedFastNystromAttention(FastNystromAttention):
         landmarks: the sampler; None = farthest points.
         solver: what stands for the inverse of A; None = the cubic iteration.
         source: what is sampled.
-        renew: take landmarks anew at `every` layer, every so many, or `never`.
+        renew: where landmarks are taken anew; see `LandmarkAttention`.
         guarantee: token classes that are landmarks; see `LandmarkAttention`.
         exclude: token classes that are never landmarks.
         guard: largest residual that is believed, see `Guard`; None = nobody looks.

@@ -50,19 +50,35 @@ def parse_layers(layers: object, depth: int, *, setting: str) -> tuple[int, ...]
     return tuple(sorted(set(found)))
 
 
-def read_renewal(renew: object) -> int:
-    """After how many layers something is taken anew; 0 = never.
+class Renewal:
+    """At which layers something is taken anew.
+
+    Args:
+        renew: `every` layer; an integer n for every n of the replaced blocks; `never` or 0 after
+            the first of them; `settled` = every layer up to the middle of the host, where tokens
+            change most from one to the next, and every third beyond.
 
     Raises:
-        ValueError: neither `never`, `every` nor an integer >= 0.
+        ValueError: something else.
     """
-    every = {"never": 0, "every": 1}.get(renew) if isinstance(renew, str) else renew
-    if isinstance(every, bool) or not isinstance(every, int) or every < 0:
-        raise ValueError(
-            f"attn.renew={renew!r}: expected never, every, or an integer n >= 0 "
-            "(every n layers, 0 = never)."
-        )
-    return every
+
+    def __init__(self, renew: int | str) -> None:
+        named = {"never": 0, "every": 1, "settled": 1}
+        every = named.get(renew) if isinstance(renew, str) else renew
+        if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+            raise ValueError(
+                f"attn.renew={renew!r}: expected every, settled, never, or an integer n >= 0 "
+                "(every n layers, 0 = never)."
+            )
+        self.every = every
+        self.settles = renew == "settled"
+
+    def due(self, nth: int, layer: int, depth: int | None) -> bool:
+        """Whether it is, at a layer of a host of such a depth, the `nth` of those replaced."""
+        beyond = 0 if depth is None or not self.settles else layer - depth // 2
+        if beyond > 0:
+            return beyond % 3 == 0
+        return nth % self.every == 0 if self.every else nth == 0
 
 
 def _parse_text(text: str, depth: int, setting: str) -> list[int]:

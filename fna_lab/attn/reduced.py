@@ -13,7 +13,7 @@ from fna_lab import ops
 from fna_lab.attn.base import Context, KeyMaskedAttention
 from fna_lab.attn.classes import DETECTED, prefix_tokens, read_classes, token_set
 from fna_lab.attn.landmarks.base import HEAD_SOURCES, SOURCES, LandmarkSampler, sampled_points
-from fna_lab.attn.layers import BlockCounts, Counts, read_renewal
+from fna_lab.attn.layers import BlockCounts, Counts, Renewal
 
 
 class ReducedAttention(BlockCounts, KeyMaskedAttention):
@@ -57,7 +57,8 @@ class LandmarkAttention(ReducedAttention):
             `ReducedAttention`.
         source: what it samples: the block's `input`, that input layer-`normed` (without the
             host's affine part), `q` or `k` of all heads side by side, or both (`qk`).
-        renew: take landmarks anew at `every` layer, every so many layers, or `never`.
+        renew: at which layers landmarks are taken anew: `every`, an integer for every so many,
+            `never`, or `settled`; see `Renewal`.
         guarantee: token classes that are landmarks: cls, register, massive, artifact.
         exclude: token classes that are never landmarks.
         per_head: every head samples its own landmarks, from its own q or k (or both).
@@ -96,7 +97,7 @@ class LandmarkAttention(ReducedAttention):
         self.landmarks = landmarks
         self.source = source
         self.per_head = per_head
-        self.renew = read_renewal(renew)
+        self.renewal = Renewal(renew)
         self.guarantee = read_classes("attn.guarantee", guarantee)
         self.exclude = read_classes("attn.exclude", exclude)
         both = ", ".join(c for c in self.guarantee if c in self.exclude)
@@ -112,14 +113,17 @@ class LandmarkAttention(ReducedAttention):
         """FLOPs of the attention of one picture at one layer, without selection."""
 
     def flops(self, tokens: int, *, heads: int, head_dim: int, channels: int, layers: int) -> int:
-        """FLOPs of the attention of one picture over so many layers, selection included."""
+        """FLOPs of the attention of one picture over so many layers, selection included.
+
+        Which layers these are is not known: with `settled`, landmarks count as new in all of them.
+        """
         times = heads if self.per_head else 1
         width = channels // times if self.landmarks.reads == "attention" else None
         width = self.width(channels // times) if width is None else width
         total = taken = 0
         for nth, num in enumerate(self.counts(layers)):
             total += self.with_landmarks(num).layer_flops(tokens, heads, head_dim)
-            if num != taken or self.renew and nth % self.renew == 0:
+            if num != taken or self.renewal.due(nth, 0, None):
                 total += times * self.landmarks.flops(tokens, width, num)
             taken = num
         return total
@@ -164,17 +168,23 @@ class LandmarkAttention(ReducedAttention):
         Raises:
             ValueError: more landmarks than tokens that may be taken.
         """
-        slot = _slot(keys)
-        num, known = self.landmarks_at(context.layer, context.nth), context.shared.get(slot)
-        fits = known is not None and known.shape[-1] == num
-        if fits and (self.renew == 0 or context.nth % self.renew):
-            return context.shared[slot]
+        served = self.served(keys, context)
+        if served is not None:
+            return served
+        num, slot = self.landmarks_at(context.layer, context.nth), slot_of(keys, context)
         begin = context.stopwatch.now() if context.stopwatch else 0.0
         sampling = self if num == self.num_landmarks else self.with_landmarks(num)
         context.shared[slot] = sampling._sample(q, k, keys, context, points)
         if context.stopwatch:
             context.stopwatch.note("selection", begin)
         return context.shared[slot]
+
+    def served(self, keys: Tensor | None, context: Context) -> Tensor | None:
+        """Landmarks of an earlier layer that serve this one too; None = new ones are due."""
+        known = context.shared.get(slot_of(keys, context))
+        if known is None or self.renewal.due(context.nth, context.layer, context.depth):
+            return None
+        return known if known.shape[-1] == self.landmarks_at(context.layer, context.nth) else None
 
     def taken(self, q: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
         """What the variant attended through in a block, once it has.
@@ -191,7 +201,8 @@ class LandmarkAttention(ReducedAttention):
             KeyError: the variant did not attend yet.
         """
         keys, _ = self.keys(q, context)
-        return context.shared[_slot(keys)], context.shared.get("members")
+        slot = slot_of(keys, context)
+        return context.shared[slot], context.shared.get(f"{slot}: members")
 
     def taken_by(self, sampler: LandmarkSampler, q: Tensor, k: Tensor, context: Context) -> Tensor:
         """What another sampler would take in the place of the variant's own: as `taken`."""
@@ -258,9 +269,11 @@ class LandmarkAttention(ReducedAttention):
         return picks.unflatten(0, q.shape[:2]) if self.per_head else picks
 
 
-def _slot(keys: Tensor | None) -> str:
+def slot_of(keys: Tensor | None, context: Context) -> str:
     """Where landmarks among such keys are kept for later layers.
 
     Landmarks taken before a mask was known may hold removed tokens: those are never reused.
     """
+    if context.removed is not None:
+        return "landmarks without removed tokens"
     return "landmarks" if keys is None else "landmarks among kept keys"

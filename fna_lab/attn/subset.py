@@ -22,7 +22,7 @@ class SubsetAttention(LandmarkAttention):
             block.
         landmarks: the sampler; None = half a grid, half farthest points.
         source: what is sampled; see `LandmarkAttention`.
-        renew: take landmarks anew at `every` layer, every so many, or `never`.
+        renew: where landmarks are taken anew; see `LandmarkAttention`.
         guarantee: token classes that are landmarks; see `LandmarkAttention`.
         exclude: token classes that are never landmarks.
         per_head: every head samples its own landmarks, from its own q or k.

@@ -338,6 +338,7 @@ class Patch:
         prefix = self._prefix(x, layer)
         context = Context(
             layer=layer,
+            depth=len(self.blocks),
             nth=nth,
             scale=scale,
             x=x,

@@ -31,7 +31,12 @@ from fna_lab.ops.choices import (
     segment_centres,
     spread_queries,
 )
-from fna_lab.ops.clustered import cluster_means, clustered_attention, nearest_landmarks
+from fna_lab.ops.clustered import (
+    cluster_means,
+    cluster_runs,
+    clustered_attention,
+    nearest_landmarks,
+)
 from fna_lab.ops.cost import (
     attention_flops,
     break_even_tokens,
@@ -149,6 +154,7 @@ __all__ = [
     "cls_row",
     "cluster_means",
     "cluster_medoids",
+    "cluster_runs",
     "clustered_attention",
     "clustered_flops",
     "condition_number",

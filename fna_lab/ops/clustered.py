@@ -71,7 +71,25 @@ def nearest_landmarks(
     return members if allowed is None else members.masked_fill(~allowed, -1)
 
 
-def cluster_means(x: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]:
+def cluster_runs(members: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Tokens sorted by their clusters, for `cluster_means` of several layers.
+
+    Args:
+        members: the cluster of each token, long `[b n]`, 0 to num - 1; -1 = none.
+        num: number of clusters m.
+
+    Returns:
+        Tokens long `[b n]`, those in no cluster first; and where in that list the run of those
+        begins, that of each cluster, and the list ends: long `[b m + 2]`.
+    """
+    members, order = members.sort(dim=1, stable=True)
+    names = torch.arange(-1, num + 1, device=members.device).expand(len(members), -1)
+    return order, torch.searchsorted(members, names.contiguous())
+
+
+def cluster_means(
+    x: Tensor, members: Tensor, num: int, *, runs: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Means over clusters of tokens, and how many tokens each holds.
 
     Args:
@@ -79,6 +97,7 @@ def cluster_means(x: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]
         members: the cluster of each token, long `[b n]`, or per head `[b h n]`, 0 to num - 1;
             -1 = none.
         num: number of clusters m.
+        runs: what `cluster_runs` makes of `members` `[b n]`, where that is known.
 
     Returns:
         Means `[b h m d]`, zero where a cluster is empty, and sizes `[b m]`, or per head `[b h m]`.
@@ -87,8 +106,10 @@ def cluster_means(x: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]
         means, sizes = cluster_means(x.flatten(0, 1)[:, None], members.flatten(0, 1), num)
         return means.view(*x.shape[:2], num, -1), sizes.view(*x.shape[:2], num)
     batch, heads, _, dim = x.shape
-    take = _bagged_means if x.device.type == "cpu" else _product_means
-    means, sizes = take(x, members, num)
+    if x.device.type == "cpu":
+        means, sizes = _bagged_means(x, *(runs or cluster_runs(members, num)))
+    else:
+        means, sizes = _product_means(x, members, num)
     means = means.to(x.dtype).reshape(batch, num, heads, dim).transpose(1, 2)
     # Contiguous, or the rounding of products with them depends on the batch.
     return means.contiguous(), sizes
@@ -102,21 +123,18 @@ def _product_means(x: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor
     return (weights / sizes.clamp(min=1)[..., None]) @ rows, sizes
 
 
-def _bagged_means(x: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]:
+def _bagged_means(x: Tensor, order: Tensor, begin: Tensor) -> tuple[Tensor, Tensor]:
     """Means `[b m h*d]` of `[b h n d]`, and sizes `[b m]`: sorted, then added up in runs."""
     batch, _, tokens, _ = x.shape
-    members, order = members.sort(dim=1, stable=True)
-    # Bag 0 is of those in no cluster: the first bag has to begin at the first token.
-    names = torch.arange(-1, num + 1, device=x.device).expand(batch, -1).contiguous()
-    begin = torch.searchsorted(members, names)
     sizes = begin[:, 1:].diff(dim=1)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     packed = packed_table(x)
     table, step = packed or (x.transpose(1, 2).flatten(2).flatten(0, 1), 1)
-    bags = table_rows(begin[:, : num + 1], tokens, 1).flatten()
+    # Bag 0 is of those in no cluster: the first bag has to begin at the first token.
+    bags = table_rows(begin[:, :-1], tokens, 1).flatten()
     rows = table_rows(order, tokens, step).flatten()
     means = F.embedding_bag(rows, table, bags, mode="mean")
-    return means.view(batch, num + 1, table.shape[1])[:, 1:], sizes.to(table.dtype)
+    return means.view(batch, begin.shape[1] - 1, table.shape[1])[:, 1:], sizes.to(table.dtype)
 
 
 def clustered_attention(
@@ -135,6 +153,7 @@ def clustered_attention(
     exact_rows: int = 0,
     own: tuple[Tensor, Tensor] | None = None,
     sunk: tuple[Tensor, Tensor] | None = None,
+    runs: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention to clusters of tokens, with values that fit exact rows of attention.
 
@@ -166,6 +185,7 @@ def clustered_attention(
             `[b t]`, and bool `[b t]`, False = padding.
         sunk: tokens whose values count as zero (stage `sink`), in the same form; `v` holds what
             they were. With `own` each of those sees its own value alone among them.
+        runs: what `cluster_runs` makes of `members` `[b n]`, where that is known.
 
     Returns:
         `[b h n d]`.
@@ -192,7 +212,7 @@ def clustered_attention(
         tokens = rows
     if bias is not None and (own is not None or sunk is not None):
         raise ValueError("Expected no bias with own or sunk.")
-    means, sizes = cluster_means(k, members, landmarks.shape[-1])
+    means, sizes = cluster_means(k, members, landmarks.shape[-1], runs=runs)
     sizes = each_head(sizes)
     distinct = keys is None if distinct is None else distinct
     dead = None if distinct else sizes == 0

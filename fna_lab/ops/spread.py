@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fna_lab.ops.checks import check_bool, check_float, check_index
@@ -249,9 +253,9 @@ def _scattered(size: int, num: int, device: torch.device) -> Tensor:
     Where in its run looks like chance: with one place for all, runs half as long as a row of the
     picture would give two columns of it.
     """
-    run = torch.arange(num, device=device)
-    within = (run * run * 40503).bitwise_and_(0xFFFF).mul_(size // num)
-    return run.mul_(size).div_(num, rounding_mode="floor").add_(within.bitwise_right_shift_(16))
+    run = np.arange(num, dtype=np.int64)
+    within = (run * run * 40503 & 0xFFFF) * (size // num) >> 16
+    return torch.from_numpy(run * size // num + within).to(device, non_blocking=True)
 
 
 def _apart(points: Tensor, square: Tensor, index: Tensor) -> Tensor:
@@ -267,6 +271,8 @@ def _in_turn(apart: Tensor, far: Tensor, count: int) -> Tensor:
 
     `far` `[b k]` is their distance to what is taken; it is written over.
     """
+    if far.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _in_turn_on_cpu(apart.numpy(), far.numpy(), count)
     batch, size = far.shape
     rows, row = apart.flatten(0, 1), torch.empty_like(far)
     start = torch.arange(0, batch * size, size, device=far.device) if batch > 1 else None
@@ -276,6 +282,17 @@ def _in_turn(apart: Tensor, far: Tensor, count: int) -> Tensor:
         torch.index_select(rows, 0, index, out=row)
         picks.append(far.clamp_(max=row).argmax(1))
     return torch.cat(picks).view(count, batch).mT
+
+
+def _in_turn_on_cpu(apart: NDArray[Any], far: NDArray[Any], count: int) -> Tensor:
+    """`_in_turn` in a third of the time, which is that of calls, not of arithmetic."""
+    picks = np.empty((count, len(far)), dtype=np.int64)
+    picture = np.arange(len(far))
+    for i in range(count):
+        if i:
+            np.minimum(far, apart[picture, picks[i - 1]], out=far)
+        far.argmax(1, out=picks[i])
+    return torch.from_numpy(picks).mT
 
 
 def _take(points: Tensor, square: Tensor, distance: Tensor, nearer: Tensor, count: int) -> Tensor:
@@ -315,8 +332,11 @@ def _nearest(points: Tensor, square: Tensor, taken: Tensor, out: Tensor | None =
     """
     rows, own = gather_rows(points, taken), square.gather(1, taken)
     own = own if out is None else own.masked_fill(out, torch.inf)
-    # Tokens lie side by side in the product: the smallest of each is found many at a time.
-    nearest = torch.baddbmm(own[..., None], rows, points.mT, alpha=-2).amin(1)
+    if taken.shape[1] < 16:
+        # With tokens side by side in the product, the smallest of each is found many at a time.
+        nearest = torch.baddbmm(own[..., None], rows, points.mT, alpha=-2).amin(1)
+    else:  # and this product is the faster one
+        nearest = torch.baddbmm(own[:, None], points, rows.mT, alpha=-2).amin(2)
     return nearest.add_(square).clamp_(min=0).scatter_(1, taken, TAKEN)
 
 
