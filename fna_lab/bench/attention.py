@@ -217,7 +217,10 @@ def measure(
     case: dict[str, Any],
     settings: Settings,
 ) -> list[dict[str, Any]]:
-    """Rows of a case; a label of two words is a variant under a mask."""
+    """Rows of a case; a label of two words is a variant under a mask.
+
+    `amdahl` is the share of the limit that is reached, where the variant `free` runs along.
+    """
     with torch.no_grad():
         times = cost.latency(
             runs,
@@ -234,9 +237,11 @@ def measure(
             row |= {"ms": 1e3 * found["total"], "selection_ms": 1e3 * found.get("selection", 0.0)}
             row |= {"low_ms": 1e3 * found["low"], "high_ms": 1e3 * found["high"]}
             if mask:
-                row |= {"mask": mask, "mask_cost": found["total"] / times[name]["total"] - 1}
+                row |= {"mask": mask, "mask_cost": cost.ratio(times, label, name) - 1}
             if "exact" in times:
-                row["speedup"] = times["exact"]["total"] / found["total"]
+                row["speedup"] = cost.ratio(times, "exact", label)
+            if "free" in times:
+                row["amdahl"] = cost.ratio(times, "free", label)
             if settings.memory:
                 row["peak_mib"] = cost.peak_memory(run, settings.device) / 2**20
             rows.append(row)

@@ -27,7 +27,7 @@ class Free(AttentionVariant):
 
 
 def bench_model(settings: Settings, say: Say) -> list[dict[str, Any]]:
-    """Rows of a whole forward pass; `amdahl` is the share of the limit that is reached."""
+    """Rows of a whole forward pass, beside one with free attention."""
     assert settings.model is not None
     rows = []
     names = [n for n in chosen_variants(settings, say) if n not in packages.ATTENTION]
@@ -66,11 +66,6 @@ def bench_model(settings: Settings, say: Say) -> list[dict[str, Any]]:
             name: (lambda p=p, a=patches, m=backbone, x=pictures: run(p, a, m, x), p)
             for name, p in patches.items()
         }
-        found = measure(
-            runs,
-            {"tokens": backbone.num_tokens, "img_size": side, "batch": batch, "dtype": kind},
-            settings,
-        )
-        free = next(row["ms"] for row in found if row["variant"] == "free")
-        rows += [row | {"amdahl": free / row["ms"]} for row in found]
+        case = {"tokens": backbone.num_tokens, "img_size": side, "batch": batch, "dtype": kind}
+        rows += measure(runs, case, settings)
     return rows

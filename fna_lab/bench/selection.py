@@ -74,7 +74,7 @@ def bench_selection(
                 same = (picks[:, :, None] == farthest[:, None]).any(2)
                 row["farthest"] = float(same.double().mean())
                 if "torch-quickfps" in times:
-                    row["against_quickfps"] = times["torch-quickfps"]["total"] / found["total"]
+                    row["against_quickfps"] = cost.ratio(times, "torch-quickfps", name)
                 rows.append(row)
     return rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -31,7 +31,7 @@ def latency(
     seconds: float = 4.0,
     rounds: int = 15,
     least: int = 3,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Median seconds of several runs, interleaved so that a noisy machine treats them alike.
 
     Args:
@@ -43,7 +43,7 @@ def latency(
 
     Returns:
         name -> `total` with its quartiles `low` and `high`, and for a patch `attention` (without
-        selection), `selection`, `rest`; and `rounds`.
+        selection), `selection`, `rest`; and `rounds`, with the `totals` of each for `ratio`.
     """
     # glibc keeps memory for reuse once it has seen a large tensor come and go, as in every model.
     # Before that each call takes its memory from the system, which costs more than a mask does.
@@ -73,13 +73,23 @@ def latency(
                 rest = total - attention - selection
                 parts |= {"selection": selection, "attention": attention, "rest": rest}
             noted[name].append(parts)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, rows in noted.items():
         found[name] = {part: statistics.median(row[part] for row in rows) for part in rows[0]}
         totals = torch.tensor([row["total"] for row in rows], dtype=torch.double)
         quartiles = totals.quantile(totals.new_tensor([0.25, 0.75])).tolist()
         found[name] |= {"low": quartiles[0], "high": quartiles[1], "rounds": len(rows)}
+        found[name]["totals"] = [row["total"] for row in rows]
     return found
+
+
+def ratio(times: Mapping[str, Mapping[str, Any]], over: str, under: str) -> float:
+    """How many times as long one run of `latency` takes as another: the median over rounds.
+
+    Both runs of a round had the machine as it was then; their medians may be of different rounds.
+    """
+    pairs = zip(times[over]["totals"], times[under]["totals"], strict=True)
+    return statistics.median(a / b for a, b in pairs)
 
 
 @torch.no_grad()

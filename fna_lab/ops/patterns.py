@@ -277,8 +277,8 @@ def restore_own_rows(
         own = own if bias is None else own + bias.gather(3, across)
         others = lse[..., None].gather(2, across)
         if stage == "mask":
-            total = torch.logaddexp(own, others)
-            exact = now * (others - total).exp() + own_v * (own - total).exp()
+            shares = torch.cat([own, others], dim=-1).softmax(-1)
+            exact = now * shares[..., 1:] + own_v * shares[..., :1]
         else:
             exact = now + own_v * (own - others).exp()
     elif stage == "mask":

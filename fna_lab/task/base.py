@@ -217,9 +217,13 @@ class Task(L.LightningModule):
         )
         found: dict[str, float | None] = {"batch": len(images), "tokens": self.backbone.num_tokens}
         for name, row in times.items():
-            found |= {f"{name}_{part}_ms": 1e3 * row[part] for part in row if part != "rounds"}
+            found |= {
+                f"{name}_{part}_ms": 1e3 * row[part]
+                for part in row
+                if part not in ("rounds", "totals")
+            }
         found["rounds"] = times["patched"]["rounds"]
-        found["speedup"] = times["exact"]["total"] / times["patched"]["total"]
+        found["speedup"] = cost.ratio(times, "exact", "patched")
         found["exact_peak_mib"] = cost.peak_memory(run_exact, device) / 2**20
         found["patched_peak_mib"] = cost.peak_memory(run, device) / 2**20
         return found | flops
