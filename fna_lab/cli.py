@@ -45,6 +45,7 @@ def main() -> None:
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        check_arguments(sys.argv[1:], conf_dir())
         sys.argv[1:] = spread(smoke(flags_last(sys.argv[1:]), conf_dir()))
         job()
     except Exception as error:
@@ -56,6 +57,24 @@ def main() -> None:
     for label, error in failed.items():
         print(f"error: {label}{explain(error, conf_dir())}", file=sys.stderr)
     sys.exit(1 if failed else 0)
+
+
+def check_arguments(arguments: list[str], conf: Path) -> None:
+    """Refuse what Hydra takes in silence, or refuses without a word on how it is written here.
+
+    Raises:
+        ValueError: an empty folder name, a part that is left out, or a setting with dashes.
+    """
+    for text in arguments:
+        key, equal, value = text.partition("=")
+        if key in ("name", "outputs") and equal and value.strip("'\"") in ("", "null"):
+            raise ValueError(f"{text}: expected the name of a folder.")
+        bare = key.lstrip("~-")
+        part = bare and (conf / bare).is_dir()
+        if part and key.startswith("~"):
+            raise ValueError(f"{text}: a run needs its {bare}; expected {bare}=NAME.")
+        if part and key.startswith("--"):
+            raise ValueError(f"{text}: settings have no dashes; expected {bare}=NAME.")
 
 
 def flags_last(arguments: list[str]) -> list[str]:

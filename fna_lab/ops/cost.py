@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fna_lab.ops.spread import SAMPLED
+from fna_lab.ops.spread import KEPT, KEPT_ONE_OF, SAMPLED
 
 
 def attention_flops(tokens: int, heads: int, head_dim: int) -> int:
@@ -83,21 +83,31 @@ def farthest_points_flops(tokens: int, channels: int, landmarks: int) -> int:
 
 
 def spread_points_flops(
-    tokens: int, channels: int, landmarks: int, sketch: int | None, *, thin: bool = False
+    tokens: int,
+    channels: int,
+    landmarks: int,
+    sketch: int | None,
+    thin: tuple[int, int] | None = None,
 ) -> int:
     """`spread_points` of one picture: the projection, and one product a landmark.
 
-    With `thin` half the landmarks meet all tokens, and the sample meets itself; the rounds of the
-    other half are counted as half of that.
+    With `thin` (how many candidates a round, and how many rounds) half the landmarks meet all
+    tokens, the sample and the candidates of each round meet themselves, and what all rounds but
+    the last take meets the tokens that are kept.
     """
     _positive(tokens=tokens, channels=channels, landmarks=landmarks)
     dims = min(sketch or channels, channels)
     project = 2 * tokens * channels * dims if dims < channels else 0
-    if not thin:
+    if thin is None:
         return project + 2 * tokens * dims * landmarks
     half = -(-landmarks // 2)
     sample = min(SAMPLED * half, tokens)
-    return project + 2 * dims * (tokens * half + 3 * sample**2 // 2)
+    candidates, rounds = thin
+    kept = max(KEPT * half, tokens // KEPT_ONE_OF)
+    kept = kept if 2 * kept <= tokens else tokens
+    met = tokens * half + half * (rounds - 1) // rounds * kept
+    met += sample**2 + rounds * min(candidates, tokens) ** 2
+    return project + 2 * dims * met
 
 
 def break_even_tokens(
