@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from hosts import build
 
@@ -200,6 +201,19 @@ def test_landmarks_are_renewed_as_often_as_said(renew, depth, wanted):
         context = replace(context, layer=layer, nth=layer)
         variant(q, k, v, context)
     assert seen == wanted
+
+
+def test_gradients_are_the_same_under_activation_checkpointing():
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, img_size=64, depth=6)
+    x = torch.randn(2, 3, 64, 64)
+    with fna_lab.patch(model, "fna", layers="all", num_landmarks=8):
+        found = []
+        for again in (False, True):
+            model.set_grad_checkpointing(again)
+            model.zero_grad()
+            model.forward_features(x).square().sum().backward()
+            found.append(model.blocks[5].attn.qkv.weight.grad.clone())
+    torch.testing.assert_close(*found)
 
 
 def test_a_layer_that_renews_nothing_attends_to_the_same_clusters():

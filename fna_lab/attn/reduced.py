@@ -182,7 +182,10 @@ class LandmarkAttention(ReducedAttention):
     def served(self, keys: Tensor | None, context: Context) -> Tensor | None:
         """Landmarks of an earlier layer that serve this one too; None = new ones are due."""
         known = context.shared.get(slot_of(keys, context))
-        if known is None or self.renewal.due(context.nth, context.layer, context.depth):
+        # Activation checkpointing runs layers again one by one, and must meet the same there.
+        trains = torch.is_grad_enabled() and context.x.requires_grad
+        depth = None if trains else context.depth
+        if known is None or self.renewal.due(context.nth, context.layer, depth):
             return None
         return known if known.shape[-1] == self.landmarks_at(context.layer, context.nth) else None
 
