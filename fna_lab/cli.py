@@ -71,7 +71,7 @@ def check_arguments(arguments: list[str], conf: Path) -> None:
             raise ValueError(f"{text}: expected the name of a folder.")
         bare = key.lstrip("~-")
         part = bare and (conf / bare).is_dir()
-        if part and key.startswith("~"):
+        if part and key.startswith("~") and "/" not in bare and bare != "experiment":
             raise ValueError(f"{text}: a run needs its {bare}; expected {bare}=NAME.")
         if part and key.startswith("--"):
             raise ValueError(f"{text}: settings have no dashes; expected {bare}=NAME.")

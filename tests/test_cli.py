@@ -14,7 +14,7 @@ import safetensors.torch
 import timm
 import torch
 
-from fna_lab.cli import conf_dir, main
+from fna_lab.cli import check_arguments, conf_dir, main
 from fna_lab.help import first_comment
 from fna_lab.report.__main__ import main as report
 
@@ -128,6 +128,11 @@ def test_multirun_goes_on_after_a_failure_and_says_so(
 
 def test_the_flag_of_a_multirun_may_stand_anywhere() -> None:
     assert len(run("attn=fna", "-m", "attn.layers=6,7", *QUICK)) == 2
+
+
+def test_parts_that_have_a_default_in_python_may_be_left_out() -> None:
+    given = ["-m", "attn=fna", "~attn/landmarks", "~experiment", "~attn.budget", "outputs=x"]
+    check_arguments(given, conf_dir())
 
 
 def test_settings_of_swept_options_need_no_sweep_of_their_own(

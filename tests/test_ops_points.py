@@ -150,6 +150,14 @@ def test_half_of_a_sample_covers_pictures_of_any_width(width, block, bound):
     assert (radius(points, picks) < bound * exact).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_of_a_sample_is_taken_under_autocast(dtype):
+    points = random_points(2, 500, 32).float()
+    with torch.autocast("cpu", dtype):
+        picks = ops.spread_points(points, 32, thin=True)
+    assert all(len(set(row)) == 32 for row in picks.tolist())
+
+
 @pytest.mark.parametrize("thin", [False, True])
 def test_blocks_cover_nearly_as_well_as_farthest_points(thin):
     # Synthetic: many tokens alike, few clusters far out, as in pictures.

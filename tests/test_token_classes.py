@@ -16,6 +16,7 @@ from fna_lab.attn.fna import FastNystromAttention
 from fna_lab.attn.fna_paper import PublishedFastNystromAttention
 from fna_lab.attn.landmarks.fps import FarthestPointLandmarks
 from fna_lab.attn.landmarks.random import RandomLandmarks
+from fna_lab.attn.layers import Renewal
 from fna_lab.attn.solver.pinv import PinvSolver
 from fna_lab.attn.subset import SubsetAttention
 
@@ -201,6 +202,21 @@ def test_landmarks_are_renewed_as_often_as_said(renew, depth, wanted):
         context = replace(context, layer=layer, nth=layer)
         variant(q, k, v, context)
     assert seen == wanted
+
+
+def test_layers_that_leave_gaps_are_renewed_as_often():
+    settled = Renewal("settled")
+
+    def renewed(layers, depth):
+        found = []
+        for nth, layer in enumerate(layers):
+            if not found or settled.due(nth, layer, depth, found[-1]):
+                found.append(layer)
+        return found
+
+    assert renewed(range(6, 12), 12) == [6, 9]
+    assert renewed([7, 8, 10, 11], 12) == [7, 10]
+    assert renewed([13, 14, 16, 17, 19, 20, 22, 23], 24) == [13, 16, 19, 22]
 
 
 def test_gradients_are_the_same_under_activation_checkpointing():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,8 @@ class Context:
         grid: (rows, columns) of the patch tokens, None where unknown.
         attn_mask: the host's own mask or bias, as SDPA takes it.
         removal: what the mask strategy takes away at this layer.
-        shared: what earlier layers of the same forward pass left for later ones.
+        shared: what earlier layers of the same forward pass left for later ones; tensors have a
+            row for each picture.
         stopwatch: notes the time of parts, None where nobody measures.
         classes: token classes that the variant asked for by `token_classes`, bool `[b n]` each.
         reweigh: changes the attention weights `[b h n n]`, where a mask strategy does so.
@@ -66,7 +68,7 @@ class Context:
     grid: tuple[int, int] | None = None
     attn_mask: Tensor | None = None
     removal: Removal | None = None
-    shared: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
     stopwatch: Stopwatch | None = None
     classes: dict[str, Tensor] = field(default_factory=dict)
     reweigh: Callable[[Tensor], Tensor] | None = None

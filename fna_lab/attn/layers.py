@@ -74,11 +74,18 @@ class Renewal:
         self.every = every
         self.settles = renew == "settled"
 
-    def due(self, nth: int, layer: int, depth: int | None) -> bool:
-        """Whether it is, at a layer of a host of such a depth, the `nth` of those replaced."""
-        beyond = 0 if depth is None or not self.settles else layer - depth // 2
-        if beyond > 0:
-            return beyond % 3 == 0
+    def due(self, nth: int, layer: int, depth: int | None, last: int) -> bool:
+        """Whether it is, at a layer of a host of such a depth.
+
+        Args:
+            nth: how many layers were replaced before.
+            layer: 0-based index.
+            depth: number of layers of the host, None where unknown.
+            last: the layer at which it was taken anew last.
+        """
+        middle = layer if depth is None or not self.settles else depth // 2
+        if layer > middle:
+            return (layer - middle) // 3 > (last - middle) // 3
         return nth % self.every == 0 if self.every else nth == 0
 
 

@@ -123,7 +123,7 @@ class LandmarkAttention(ReducedAttention):
         total = taken = 0
         for nth, num in enumerate(self.counts(layers)):
             total += self.with_landmarks(num).layer_flops(tokens, heads, head_dim)
-            if num != taken or self.renewal.due(nth, 0, None):
+            if num != taken or self.renewal.due(nth, 0, None, 0):
                 total += times * self.landmarks.flops(tokens, width, num)
             taken = num
         return total
@@ -175,17 +175,21 @@ class LandmarkAttention(ReducedAttention):
         begin = context.stopwatch.now() if context.stopwatch else 0.0
         sampling = self if num == self.num_landmarks else self.with_landmarks(num)
         context.shared[slot] = sampling._sample(q, k, keys, context, points)
+        context.shared[f"{slot}: layer"] = context.layer
         if context.stopwatch:
             context.stopwatch.note("selection", begin)
         return context.shared[slot]
 
     def served(self, keys: Tensor | None, context: Context) -> Tensor | None:
         """Landmarks of an earlier layer that serve this one too; None = new ones are due."""
-        known = context.shared.get(slot_of(keys, context))
+        slot = slot_of(keys, context)
+        known = context.shared.get(slot)
         # Activation checkpointing runs layers again one by one, and must meet the same there.
         trains = torch.is_grad_enabled() and context.x.requires_grad
         depth = None if trains else context.depth
-        if known is None or self.renewal.due(context.nth, context.layer, depth):
+        if known is None:
+            return None
+        if self.renewal.due(context.nth, context.layer, depth, context.shared[f"{slot}: layer"]):
             return None
         return known if known.shape[-1] == self.landmarks_at(context.layer, context.nth) else None
 

@@ -124,9 +124,9 @@ class Pass:
     appended: Tensor | None = None
     ran: int = 0
     found: dict[str, Found] = field(default_factory=dict)
-    shared: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
-    restarts: dict[int, tuple[int, dict[str, Tensor]]] = field(default_factory=dict)
+    restarts: dict[int, tuple[int, dict[str, Any]]] = field(default_factory=dict)
 
     def known(self, name: str, blocks: str) -> Found:
         """What the search of a name found.
@@ -353,8 +353,9 @@ def _strongest(search: Search, shown: Evidence, new: Tensor) -> tuple[Tensor, Te
     return new, scores.masked_fill(~new, 0)
 
 
-def _of(x: Tensor, pictures: Tensor | None) -> Tensor:
-    return x if pictures is None else x[pictures]
+def _of(x: Any, pictures: Tensor | None) -> Any:
+    """Rows of some pictures, of what has such rows."""
+    return x if pictures is None or not isinstance(x, Tensor) else x[pictures]
 
 
 def _of_mask(part: Any, pictures: Tensor, batch: int) -> Any:

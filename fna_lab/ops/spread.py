@@ -271,7 +271,8 @@ def _in_turn(apart: Tensor, far: Tensor, count: int) -> Tensor:
 
     `far` `[b k]` is their distance to what is taken; it is written over.
     """
-    if far.device.type == "cpu" and not torch.compiler.is_compiling():
+    known = torch.bfloat16 not in (apart.dtype, far.dtype)  # to numpy; autocast makes such
+    if known and far.device.type == "cpu" and not torch.compiler.is_compiling():
         return _in_turn_on_cpu(apart.numpy(), far.numpy(), count)
     batch, size = far.shape
     rows, row = apart.flatten(0, 1), torch.empty_like(far)
