@@ -284,8 +284,8 @@ def test_fna_is_that_of_torch(monkeypatch, served, masked):
     )  # fmt: skip
     variant = FastNystromAttention(num_landmarks=20, source="input")
     chosen = []
-    choose = variant.choose
-    monkeypatch.setattr(variant, "choose", lambda *a: chosen.append(choose(*a)) or chosen[-1])
+    renewed = variant.renewed
+    monkeypatch.setattr(variant, "renewed", lambda *a: chosen.append(renewed(*a)) or chosen[-1])
 
     def call():
         context.shared.clear()

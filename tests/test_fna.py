@@ -70,13 +70,13 @@ def test_half_the_landmarks_are_fitted_where_the_solver_can():
 def test_without_clusters_it_is_the_plain_chain(monkeypatch):
     variant = FastNystromAttention(num_landmarks=9, clusters=False, exact_cls=False)
     seen = []
-    choose = variant.choose
+    renewed = variant.renewed
 
     def listen(*args):
-        seen.append((args, choose(*args)))
+        seen.append((args, renewed(*args)))
         return seen[-1][1]
 
-    monkeypatch.setattr(variant, "choose", listen)
+    monkeypatch.setattr(variant, "renewed", listen)
     out, _ = run(variant)
     (q, k, *_), landmarks = seen[0]
     v = torch.randn(3, 2, 4, 37, 8, generator=torch.Generator().manual_seed(0), dtype=q.dtype)[2]

@@ -33,18 +33,25 @@ def timed(folder: Path, *overrides: str) -> dict[str, Any]:
 def test_every_variant_at_every_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calls = []
+    measured = []
     clock = cost.latency
-    monkeypatch.setattr(cost, "latency", lambda *a, **k: calls.append(a) or clock(*a, **k))
+
+    def latency(*args: Any, **more: Any) -> Any:
+        measured.append(clock(*args, **more))
+        return measured[-1]
+
+    monkeypatch.setattr(cost, "latency", latency)
     names = ["exact", "fna", "performer"]
     given = [f"task.variants=[{','.join(names)}]", "task.tokens=[101,50]", "task.batch=[1,2]"]
     found = timed(tmp_path, *given)
     rows = found["timing"]["rows"]
     asked = [(n, b, v) for b in (1, 2) for n in (50, 101) for v in names]
     assert [(row["tokens"], row["batch"], row["variant"]) for row in rows] == asked
-    assert len(calls) == 4 and all(set(runs) == set(names) for runs, _ in calls)  # one clock
-    for row in rows:
-        assert (row["speedup"] == 1) == (row["variant"] == "exact")
+    assert len(measured) == 4 and all(set(times) == set(names) for times in measured)  # one clock
+    for i, row in enumerate(rows):
+        times = measured[i // len(names)]
+        assert row["speedup"] == pytest.approx(cost.ratio(times, "exact", row["variant"]))
+        assert row["variant"] != "exact" or row["speedup"] == 1
         assert 0 < row["low_ms"] <= row["ms"] <= row["high_ms"] and row["peak_mib"] > 0
         assert (row["selection_ms"] > 0) == (row["variant"] == "fna")
         name = f"{row['variant']}, batch {row['batch']}/{row['tokens']}"

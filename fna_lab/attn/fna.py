@@ -109,11 +109,11 @@ class FastNystromAttention(LandmarkAttention):
         more: dict[str, Any] = {"scale": context.scale, "solver": self.solver}
         more |= {"keys": keys, "bias": bias, "distinct": self._distinct(keys, context)}
         more["exact_rows"] = int(self.exact_cls and "cls" in self.guarantee and context.has_cls)
-        points = None
-        if self.served(keys, context) is None:
+        landmarks, points = self.served(keys, context), None
+        if landmarks is None:
             points = self._points(q, k, context)
-        sampled = None if self.landmarks.reads == "attention" else points
-        landmarks = self.choose(q, k, keys, context, sampled)
+            sampled = None if self.landmarks.reads == "attention" else points
+            landmarks = self.renewed(q, k, keys, context, sampled)
         attention = ops.nystrom_attention
         if self.clusters:
             attention = ops.clustered_attention

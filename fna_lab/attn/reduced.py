@@ -169,8 +169,17 @@ class LandmarkAttention(ReducedAttention):
             ValueError: more landmarks than tokens that may be taken.
         """
         served = self.served(keys, context)
-        if served is not None:
-            return served
+        return self.renewed(q, k, keys, context, points) if served is None else served
+
+    def renewed(
+        self,
+        q: Tensor,
+        k: Tensor,
+        keys: Tensor | None,
+        context: Context,
+        points: Tensor | None = None,
+    ) -> Tensor:
+        """New landmarks, for this layer and those that it serves; see `choose`."""
         num, slot = self.landmarks_at(context.layer, context.nth), slot_of(keys, context)
         begin = context.stopwatch.now() if context.stopwatch else 0.0
         sampling = self if num == self.num_landmarks else self.with_landmarks(num)

@@ -60,18 +60,18 @@ class FarthestPointLandmarks(LandmarkSampler):
             barred=self.barred,
             sketch=self.sketch,
             block=self.block,
-            candidates=self._candidates(points.shape[1]),
+            candidates=_candidates(self.block, points.shape[1]),
             thin=True,
         )
-
-    def _candidates(self, tokens: int) -> int:
-        """Candidates of a round: of more tokens more lie far out side by side."""
-        return max(64, 5 * (self.block or 1), min(tokens // 24, 512))
 
     def flops(self, tokens: int, channels: int, num: int) -> int:
         """FLOPs of the farthest points of one picture."""
         if self.block is not None:
-            rounds = max(1, -(-num // (2 * self.block)))
-            thin = self._candidates(tokens), rounds
+            thin = _candidates(self.block, tokens), -(-num // (2 * self.block))
             return ops.spread_points_flops(tokens, channels, num, self.sketch, thin)
         return ops.farthest_points_flops(tokens, min(channels, self.sketch or channels), num)
+
+
+def _candidates(block: int, tokens: int) -> int:
+    """Candidates of a round: of more tokens more lie far out side by side."""
+    return max(64, 5 * block, min(tokens // 24, 512))
