@@ -128,6 +128,42 @@ def test_a_heavy_penalty_leaves_plain_attention_to_clusters():
     torch.testing.assert_close(out, logits.softmax(-1) @ ops.gather_tokens(v, marks))
 
 
+@pytest.mark.parametrize("sunk", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_tokens_that_see_themselves_count_once(sunk, dtype):
+    """Where nothing is fitted: clusters with the values of their landmarks, and oneself."""
+    q, k, v = (x.to(dtype) for x in random_qkv())
+    gone = torch.zeros(2, 30, dtype=torch.bool)
+    gone[0, [7, 9, 29]] = gone[1, 4] = True  # 4 is a landmark where values sink
+    marks = torch.tensor([[0, 5, 8], [1, 2, 4 if sunk else 3]])
+    taken = ops.token_rows(gone)
+    members = ops.nearest_landmarks(k.mean(1), marks, allowed=None if sunk else ~gone)
+    out = ops.clustered_attention(
+        q, k, v, marks, members, RidgeSolver(ridge=1e12), keys=None if sunk else ~gone,
+        own=taken, sunk=taken if sunk else None,
+    )  # fmt: skip
+    assert out.dtype == dtype
+    means, sizes = ops.cluster_means(k.double(), members, 3)
+    plain = ops.clustered_attention(
+        q, k, v.masked_fill(gone[:, None, :, None], 0), marks, members, RidgeSolver(ridge=1e12)
+    )
+    torch.testing.assert_close(*(x.transpose(1, 2)[~gone] for x in (out, plain)))
+    for b, t in gone.nonzero().tolist():
+        weights = sizes[b].clone()
+        if sunk:
+            weights[members[b, t]] -= 1
+        values = v[b][:, marks[b]].double() * ~gone[b, marks[b]][:, None]
+        for h in range(3):
+            query = 8**-0.5 * q[b, h, t].double()
+            shares = torch.cat(
+                [weights * (means[b, h] @ query).exp(), (k[b, h, t].double() @ query).exp()[None]]
+            )
+            expected = shares / shares.sum() @ torch.cat([values[h], v[b, h, t][None]])
+            size = expected.abs().max().item()  # in half precision to some units in the last place
+            near = 4 * torch.finfo(dtype).eps * size if dtype != torch.float64 else 1e-9
+            torch.testing.assert_close(out[b, h, t].double(), expected, rtol=0, atol=near)
+
+
 def test_removed_tokens_change_nothing():
     q, k, v = random_qkv()
     keys = (torch.arange(30) % 4 > 0).expand(2, -1)

@@ -224,7 +224,7 @@ class KeyMaskedAttention(AttentionVariant):
         """Attend: `[b h n d]` x3 -> `[b h n d]`."""
         keys, bias = self.keys(q, context)
         removal = context.removal
-        if removal is None or self.removes(v, bias):
+        if removal is None or self.removes(removal, v, bias):
             return self.attend(q, k, v, context, keys=keys, bias=bias)
         values = v
         if removal.stage == "sink":
@@ -245,7 +245,7 @@ class KeyMaskedAttention(AttentionVariant):
             bias=bias,
         )
 
-    def removes(self, v: Tensor, bias: Tensor | None) -> bool:  # noqa: ARG002
+    def removes(self, removal: Removal, v: Tensor, bias: Tensor | None) -> bool:  # noqa: ARG002
         """Whether `attend` sees to all of a removal itself, and not to its keys alone."""
         return False
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.base import Context
+from fna_lab.attn.base import Context, Removal
 from fna_lab.attn.guard import Guard
 from fna_lab.attn.landmarks.base import HEAD_SOURCES, LandmarkSampler, source_points
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
@@ -120,7 +120,7 @@ class FastNystromAttention(LandmarkAttention):
             more |= self._clusters(points, landmarks, keys, context, distinct=more["distinct"])
             more["rows"] = self._fitted(landmarks, keys, q.shape[2])
             removal = context.removal
-            if removal is not None and self.removes(v, bias):
+            if removal is not None and self.removes(removal, v, bias):
                 rows = removal.rows, removal.valid
                 more["own"] = rows if removal.pattern == "type2" else None
                 more["sunk"] = rows if removal.stage == "sink" else None
@@ -128,10 +128,11 @@ class FastNystromAttention(LandmarkAttention):
             return attention(q, k, v, landmarks, **more)
         return self.guard.attention(attention, q, k, v, landmarks, layer=context.layer, **more)
 
-    def removes(self, v: Tensor, bias: Tensor | None) -> bool:
-        """Whether clusters see to a removal: not where half precision would lose what is left."""
-        plain = self.clusters and self.guard is None and bias is None
-        return plain and v.dtype in (torch.float32, torch.float64)
+    def removes(self, removal: Removal, v: Tensor, bias: Tensor | None) -> bool:
+        """Whether clusters see to a removal themselves."""
+        # What is left of a `sink` is a difference, which half precision would lose.
+        told = removal.stage == "mask" or v.dtype in (torch.float32, torch.float64)
+        return told and self.clusters and self.guard is None and bias is None
 
     def points(self, q: Tensor, k: Tensor, context: Context) -> Tensor | None:
         """What is sampled, `[b n c]` or per head `[b*h n c]`; None = the sampler asks for it."""

@@ -60,7 +60,7 @@ class NystromformerAttention(ReducedAttention):
             dead = ~weights.any(-1)  # [b m]
             alive = ~dead[:, None, None]
             columns = alive if columns is None else columns.masked_fill(~alive, float("-inf"))
-        out, _ = ops.nystrom_chain(
+        out, *_ = ops.nystrom_chain(
             q,
             k,
             v,

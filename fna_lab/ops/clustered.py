@@ -232,7 +232,7 @@ def clustered_attention(
     if sunk is not None:
         few = _WithoutSunk(k, v, sunk)
         prior = prior.masked_fill(few.holds(landmarks)[..., None], 0)
-    out, exact = nystrom_chain(
+    out, exact, values = nystrom_chain(
         q,
         k,
         v,
@@ -253,18 +253,47 @@ def clustered_attention(
     if own is None:
         return out
     rows, valid = own
-    asks, now = gather_tokens(q, rows), gather_tokens(out, rows)
-    logits = scale * (asks @ means.mT)  # [b h t m]
-    others = whole = (logits + columns).logsumexp(-1, keepdim=True)
-    if sunk is not None:  # they are in a cluster
+    # Under `torch.compile` the number of rows is not known.
+    if not torch.compiler.is_compiling() and rows.shape[1] == 0:
+        return out
+    weights = sizes[:, :, None].expand(-1, -1, rows.shape[1], -1)
+    if sunk is not None:  # they are in a cluster, and must not count twice
         home = each_head(members).gather(2, rows[:, None].expand(-1, sizes.shape[1], -1))
-        rest = sizes[:, :, None] - F.one_hot(home, sizes.shape[2])
-        others = (logits + rest.log()).logsumexp(-1, keepdim=True)
-    alone = scale * (asks * gather_tokens(k, rows)).sum(-1, keepdim=True)
-    total = torch.logaddexp(alone, others)
-    now = now.masked_fill(whole == -torch.inf, 0)  # they see nothing but themselves
-    right = now * (whole - total).exp() + gather_tokens(v, rows) * (alone - total).exp()
-    return put_tokens(out, rows, torch.where(valid[:, None, :, None], right, now))
+        place = torch.arange(sizes.shape[2], device=q.device)
+        weights = weights - (home[..., None] == place).to(weights.dtype)
+    own_keys, own_values = gather_tokens(k, rows), gather_tokens(v, rows)
+    seen = _and_themselves(
+        gather_tokens(q, rows), means, values, own_keys, own_values, weights, scale
+    )
+    now = gather_tokens(out, rows)
+    return put_tokens(out, rows, torch.where(valid[:, None, :, None], seen.to(out.dtype), now))
+
+
+def _and_themselves(
+    q: Tensor,
+    means: Tensor,
+    values: Tensor,
+    own_keys: Tensor,
+    own_values: Tensor,
+    weights: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attention of a few tokens to clusters and to themselves: `[b h t d]`.
+
+    Args:
+        q: their queries `[b h t d]`.
+        means: keys of the clusters `[b h m d]`.
+        values: values of the clusters `[b h m d]`.
+        own_keys: their own keys `[b h t d]`.
+        own_values: their own values `[b h t d]`.
+        weights: how many keys each cluster stands for, `[b 1|h t m]`.
+        scale: factor of the logits.
+    """
+    themselves = torch.eye(q.shape[2], dtype=weights.dtype, device=q.device)
+    weights = torch.cat([weights, themselves.expand(*weights.shape[:2], -1, -1)], dim=3)
+    keys, values = torch.cat([means, own_keys], dim=2), torch.cat([values, own_values], dim=2)
+    bias = weights.log().to(q.dtype)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale)
 
 
 class _WithoutSunk:
@@ -292,8 +321,11 @@ class _WithoutSunk:
     ) -> Tensor:
         """Called as `scaled_dot_product_attention` is."""
         out, lse = attention_with_lse(q, k, v, scale=scale, mask=attn_mask)
+        wide = torch.promote_types(q.dtype, torch.float32)
         if lse is None:  # the kernel does not say
-            logits, bias = scale * (q @ k.mT), as_bias(attn_mask, q.dtype)
+            logits, bias = scale * (q.to(wide) @ k.to(wide).mT), as_bias(attn_mask, wide)
             lse = (logits if bias is None else logits + bias).logsumexp(-1)
-        logits = (scale * (q @ self.keys.mT)).masked_fill(~self.valid[:, None, None], -torch.inf)
-        return out - (logits - lse[..., None]).exp() @ self.values
+        logits = scale * (q.to(wide) @ self.keys.to(wide).mT)
+        logits = logits.masked_fill(~self.valid[:, None, None], -torch.inf)
+        taken = (logits - lse[..., None]).exp() @ self.values.to(wide)
+        return out - taken.to(out.dtype)

@@ -89,7 +89,7 @@ def nystrom_attention(
     def solve(kernel: Tensor, values: Tensor) -> Tensor:
         return _solve(kernel, values, solver, iters, ridge)
 
-    out, exact = nystrom_chain(
+    out, exact, _ = nystrom_chain(
         q,
         k,
         v,
@@ -123,7 +123,7 @@ def nystrom_chain(
     gone: Tensor | None = None,
     prior: Tensor | None = None,
     gather: Callable[..., Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The three products of Nystroem attention, for landmarks given as vectors.
 
     There may be more or fewer landmark queries than landmark keys, if `solve` takes such an A.
@@ -151,7 +151,8 @@ def nystrom_chain(
         gather: what takes softmax(s Qp K') V, called as `scaled_dot_product_attention` is.
 
     Returns:
-        The approximation `[b h n d]`, and the exact rows of the landmark queries `[b h r d]`.
+        The approximation `[b h n d]`, the exact rows of the landmark queries `[b h r d]`, and the
+        values V' that all queries took of the landmarks `[b h m d]`.
     """
     few, spread = chain_products(q, k, v, q_marks, k_marks, rows=rows, columns=columns)
     exact = (gather or few)(q_marks, k, v, attn_mask=rows, scale=scale)
@@ -182,7 +183,7 @@ def nystrom_chain(
     plain = spread is F.scaled_dot_product_attention and q.device.type != "cpu"
     if plain and columns is not None and columns.is_floating_point():
         columns = columns.to(q.dtype)  # elsewhere a wider bias is closer, and costs nothing
-    return spread(q, k_marks, solved, attn_mask=columns, scale=scale), exact
+    return spread(q, k_marks, solved, attn_mask=columns, scale=scale), exact, solved
 
 
 def subset_attention(
