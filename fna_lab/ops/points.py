@@ -95,15 +95,17 @@ class _DirectDistance:
 
     def __call__(self, picks: Tensor) -> Tensor:
         """To one point of each set: long `[b]` -> `[b n]`."""
-        index = picks[:, None, None].expand(-1, 1, self.points.shape[2])
-        return (self.points - self.points.gather(1, index)).square_().sum(-1)
+        return self._to(picks[:, None])[..., 0].square_()
 
     def least(self, picks: Tensor) -> Tensor:
         """To the nearest of several points: long `[b g]` -> `[b n]`."""
+        return self._to(picks).amin(2).square_()
+
+    def _to(self, picks: Tensor) -> Tensor:
+        # Adds the squares up as it goes: differences of all points are too many to be written out.
         index = picks[..., None].expand(-1, -1, self.points.shape[2])
         mode = "donot_use_mm_for_euclid_dist"
-        found = torch.cdist(self.points, self.points.gather(1, index), compute_mode=mode)
-        return found.amin(2).square()
+        return torch.cdist(self.points, self.points.gather(1, index), compute_mode=mode)
 
 
 class _GramDistance:
