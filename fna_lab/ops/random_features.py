@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fna_lab.ops.attention import attention_with_lse
 from fna_lab.ops.checks import check_bool, check_qkv, default_scale
+from fna_lab.ops.nystrom import full_precision
+from fna_lab.ops.sketch import draw_apart
 
 
 @torch.compiler.assume_constant_result  # a draw by numbers alone: compilers need not see it
@@ -14,6 +20,15 @@ def orthogonal_features(num: int, dim: int, *, seed: int = 0) -> Tensor:
 
     Source: Choromanski et al. 2021 (Performer).
     """
+    return _drawn(num, dim, seed).clone()
+
+
+@functools.lru_cache(maxsize=16)  # the same at every layer
+def _drawn(num: int, dim: int, seed: int) -> Tensor:
+    return draw_apart(_orthogonal, num, dim, seed)
+
+
+def _orthogonal(num: int, dim: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     blocks = []
     for _ in range(-(-num // dim)):
@@ -34,8 +49,10 @@ def performer_attention(
 ) -> Tensor:
     """Attention that is linear in n: phi(Q) (phi(K)' V) / phi(Q) (phi(K)' 1).
 
-    phi(x) = exp(w x - |x|^2 / 2) for each direction w, of x times the root of the scale; taken in
-    float32, with the largest exponent of each query, and of all keys of a head, taken out.
+    phi(x) = exp(w x - |x|^2 / 2) for each direction w, of x times the root of the scale. That is
+    fused attention twice: of the directions to the keys, biased by -|k|^2 / 2, and of the queries
+    to the directions, biased by the log of the sums that the first one divided by. Neither
+    features nor weights are written out, and no exponent can overflow. In at least float32.
 
     Args:
         q: queries `[b h n d]`.
@@ -43,7 +60,8 @@ def performer_attention(
         v: values `[b h n d]`.
         features: directions w `[r d]`.
         scale: factor of the logits; None = d^-1/2.
-        keys: bool `[b n]`, True = may be attended to; None = all.
+        keys: bool `[b n]`, True = may be attended to; None = all. A picture without any gives
+            zeros.
 
     Returns:
         `[b h n d]`.
@@ -58,23 +76,21 @@ def performer_attention(
     scale = default_scale(q) if scale is None else scale
     if features.ndim != 2 or features.shape[1] != q.shape[3]:
         raise ValueError(f"Expected features [r {q.shape[3]}], got {tuple(features.shape)}.")
-    wide = torch.promote_types(q.dtype, torch.float32)
-    features = features.to(device=q.device, dtype=wide)
-    with torch.autocast(q.device.type, enabled=False):
-        logs = []
-        for x in (q, k):
-            x = x.to(wide) * scale**0.5
-            logs.append(x @ features.mT - 0.5 * x.square().sum(-1, keepdim=True))
-        query = (logs[0] - logs[0].amax(-1, keepdim=True)).exp()
+    if keys is not None:
+        check_bool("keys", keys, (q.shape[0], k.shape[2]))
+    wide, dtype = torch.promote_types(q.dtype, torch.float32), v.dtype
+    with full_precision(q):
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
+        directions = features.to(q).expand(*q.shape[:2], -1, -1)
+        bias = (-0.5 * scale * k.square().sum(-1))[:, :, None]  # [b h 1 n]
         if keys is not None:
-            check_bool("keys", keys, (q.shape[0], k.shape[2]))
-            logs[1] = logs[1].masked_fill(~keys[:, None, :, None], -torch.inf)
-        # A maximum of each direction, undone on the query's side, keeps far keys from underflow.
-        top = logs[1].amax(2, keepdim=True)
-        top = torch.where(top.isfinite(), top, 0.0)
-        key = (logs[1] - top).exp()
-        lift = (top - top.amax(-1, keepdim=True)).exp()
-        query = query * lift
-        summed = query @ (key.mT @ v.to(wide))
-        total = query @ key.sum(2)[..., None]
-        return (summed / total.clamp(min=torch.finfo(wide).tiny)).to(v.dtype)
+            bias = bias.masked_fill(~keys[:, None, None], -torch.inf)
+        values, sums = attention_with_lse(directions, k, v, scale=scale**0.5, mask=bias)
+        if sums is None:  # the kernel does not say
+            sums = (scale**0.5 * (directions @ k.mT) + bias).logsumexp(-1)
+        out = F.scaled_dot_product_attention(
+            q, directions, values, attn_mask=sums[:, :, None], scale=scale**0.5
+        )
+    if keys is not None:
+        out = out.masked_fill(~keys.any(1)[:, None, None, None], 0)
+    return out.to(dtype)

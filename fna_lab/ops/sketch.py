@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -70,10 +71,17 @@ def _draw(channels: int, dims: int) -> Tensor:
 
 @functools.lru_cache(maxsize=16)  # the same few at every layer
 def _drawn(channels: int, dims: int) -> Tensor:
-    # What a first call runs under (inference mode, vmap, a trace with fake tensors) would cling to
-    # the draw of all later ones. A thread of its own is under none of it.
+    return draw_apart(_normal, channels, dims)
+
+
+def draw_apart(draw: Callable[..., Tensor], *given: int) -> Tensor:
+    """What `draw` gives, fit to be kept for later calls.
+
+    What a first call runs under (inference mode, vmap, a trace with fake tensors) would cling to
+    the draw of all later ones. A thread of its own is under none of it.
+    """
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_normal, channels, dims).result()
+        return thread.submit(draw, *given).result()
 
 
 def _normal(channels: int, dims: int) -> Tensor:
