@@ -208,6 +208,16 @@ def test_what_mates_must_not_take_changes_nothing_of_half_a_sample(free, block):
         assert allowed[1, together[1]].all() and len(set(together[1].tolist())) == min(free, 30)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_points_in_runs_are_as_far_as_at_once(monkeypatch, batch):
+    points = random_points(batch=batch, size=50, channels=7)
+    known = ops.farthest_points(points, 20)
+    monkeypatch.setattr("fna_lab.ops.points.AT_A_TIME", 7 * batch * 16)  # 50 = 3 x 16 + 2
+    assert torch.equal(ops.farthest_points(points, 20), known)
+    learned = points.clone().requires_grad_()
+    assert torch.equal(ops.farthest_points(learned, 20), known)
+
+
 @pytest.mark.parametrize("thin", [False, True])
 def test_points_that_learn_are_chosen_as_others_are(thin):
     points = random_points(size=700)

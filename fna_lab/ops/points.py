@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +12,8 @@ from fna_lab.ops.checks import check_bool, check_float, check_index
 from fna_lab.ops.kernels.switch import use_kernels
 from fna_lab.ops.sketch import sketch_points
 from fna_lab.ops.spread import gather_rows
+
+AT_A_TIME = 2**20  # differences in one go on a CPU: more fall out of its caches
 
 
 def farthest_points(
@@ -91,21 +95,31 @@ class _DirectDistance:
     """Squared distances by differences: equal points are at 0 exactly, so that ties are ties."""
 
     def __init__(self, points: Tensor) -> None:
-        self.points = points
+        self.points = points.detach()
+        self.runs: Sequence[Tensor] = ()
+        if points.device.type == "cpu" and not torch.compiler.is_compiling():
+            rows = AT_A_TIME // max(1, points[:, 0].numel())
+            self.runs = self.points.split(max(1, rows), dim=1)
+            self.room = torch.empty_like(self.runs[0])
 
     def __call__(self, picks: Tensor) -> Tensor:
         """To one point of each set: long `[b]` -> `[b n]`."""
-        return self._to(picks[:, None])[..., 0].square_()
+        index = picks[:, None, None].expand(-1, 1, self.points.shape[2])
+        pick = self.points.gather(1, index)
+        if not self.runs:
+            return torch.linalg.vector_norm(self.points - pick, dim=-1).square()
+        found = torch.empty_like(self.points[..., 0])
+        for run, part in zip(self.runs, found.split(self.room.shape[1], dim=1), strict=True):
+            apart = torch.sub(run, pick, out=self.room[:, : run.shape[1]])
+            torch.linalg.vector_norm(apart, dim=-1, out=part)
+        return found.square_()
 
     def least(self, picks: Tensor) -> Tensor:
         """To the nearest of several points: long `[b g]` -> `[b n]`."""
-        return self._to(picks).amin(2).square_()
-
-    def _to(self, picks: Tensor) -> Tensor:
-        # Adds the squares up as it goes: differences of all points are too many to be written out.
         index = picks[..., None].expand(-1, -1, self.points.shape[2])
         mode = "donot_use_mm_for_euclid_dist"
-        return torch.cdist(self.points, self.points.gather(1, index), compute_mode=mode)
+        found = torch.cdist(self.points, self.points.gather(1, index), compute_mode=mode)
+        return found.amin(2).square()
 
 
 class _GramDistance:
