@@ -13,6 +13,7 @@ from fna_lab.attn.explicit import ExplicitAttention
 from fna_lab.attn.landmarks.random import RandomLandmarks
 from fna_lab.attn.prune import PruneAttention
 from fna_lab.attn.solver.pinv import PinvSolver
+from fna_lab.attn.tome import TomeAttention
 
 
 def call(prefix=1, has_cls=True, **more):
@@ -218,3 +219,49 @@ def test_blocks_of_low_rank_equal_their_definition():
 def test_bad_settings_of_block_svd_are_named(settings, words):
     with pytest.raises(ValueError, match=words):
         BlockSvdAttention(**settings)
+
+
+@every_mask
+def test_merging_nothing_is_exact_attention(mask):
+    q, k, v, context = call(attn_mask=mask)
+    exact = weights(q, k, context).softmax(-1) @ v
+    torch.testing.assert_close(TomeAttention(ratio=0)(q, k, v, context), exact)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_merging_twins_is_exact_attention(padded):
+    """Every odd patch token is the one before it, and weighs as much."""
+    keep = torch.ones(2, 1, 1, 25, dtype=torch.bool)
+    keep[0, ..., 5:7] = keep[1, ..., 21:25] = False  # whole pairs
+    q, k, v, context = call(attn_mask=keep if padded else None)
+    for x in (q, k, v):
+        x[:, :, 2::2] = x[:, :, 1::2]
+    exact = weights(q, k, context).softmax(-1) @ v
+    out = TomeAttention()(q, k, v, context)
+    real = keep[:, 0, 0] if padded else torch.ones(2, 25, dtype=torch.bool)
+    torch.testing.assert_close(out.transpose(1, 2)[real], exact.transpose(1, 2)[real])
+
+
+@every_mask
+@pytest.mark.parametrize("ratio", [0.2, 0.5])
+def test_merged_attention_equals_its_definition(mask, ratio):
+    q, k, v, context = call(attn_mask=mask)
+    out = TomeAttention(ratio=ratio)(q, k, v, context)
+    keys = mask[:, 0, 0] if mask is KEEP else None
+    group, groups = ops.bipartite_matching(k.mean(1), int(ratio * 24), prefix=1, keys=keys)
+    kept = torch.ones(2, 25, dtype=torch.bool) if keys is None else keys
+    for b in range(2):
+        sets = [[t for t in range(25) if group[b, t] == g] for g in range(groups)]
+        alive = [[t for t in members if kept[b, t]] for members in sets]
+        asks = [some or members for some, members in zip(alive, sets, strict=True)]
+        answers = [some for some in alive if some]
+        size = torch.tensor([float(len(some)) for some in answers], dtype=q.dtype)
+        for h in range(3):
+            query = torch.stack([q[b, h, some].mean(0) for some in asks])
+            key, value = (torch.stack([x[b, h, s].mean(0) for s in answers]) for x in (k, v))
+            logits = 8**-0.5 * query @ key.T + size.log()
+            if mask is BIAS:
+                between = [[mask[0, h][a][:, c].mean() for c in answers] for a in asks]
+                logits = logits + torch.tensor(between, dtype=q.dtype)
+            expected = (logits.softmax(-1) @ value)[group[b]]
+            torch.testing.assert_close(out[b, h], expected)

@@ -88,7 +88,7 @@ class PruneAttention(KeyMaskedAttention):
             like = like.masked_fill(~alive[:, None, prefix:], -2)
         owner = like.argmax(2) + prefix
         place = torch.arange(kept.shape[1], device=q.device).expand_as(kept)
-        return ops.unmerge_tokens(few, owner.scatter(1, kept, place))
+        return ops.gather_tokens(few, owner.scatter(1, kept, place))
 
     def _kept(self, patches: int) -> int:
         return max(1, round(self.keep * patches))

@@ -44,27 +44,26 @@ class TomeAttention(KeyMaskedAttention):
         prefix = context.num_prefix_tokens
         num = int(self.ratio * (q.shape[2] - prefix))
         group, groups = ops.bipartite_matching(k.mean(1), num, prefix=prefix, keys=keys)
-        one = torch.ones_like(q[:, :1, :, :1])
-        kept = one if keys is None else keys[:, None, :, None].to(q.dtype)
-        size = ops.merge_tokens(kept, group, groups)  # [b 1 m 1]
-        share = size.clamp(min=1)
         # A removed token weighs nothing beside a kept one; a group of removed ones still asks.
-        asks = torch.where(ops.unmerge_tokens(size, group) > 0, kept, one)
-        members = ops.merge_tokens(asks, group, groups)
-        mask = size.mT.log()
+        kept = asks = group if keys is None else group.masked_fill(~keys, -1)
+        runs = asking = ops.cluster_runs(kept, groups)
+        means, size = ops.cluster_means(k, kept, groups, runs=runs)
+        values, _ = ops.cluster_means(v, kept, groups, runs=runs)
+        if keys is not None:
+            asks = torch.where(size.gather(1, group) > 0, kept, group)
+            asking = ops.cluster_runs(asks, groups)
+        queries, _ = ops.cluster_means(q, asks, groups, runs=asking)
+        mask = size.log()[:, None, None]
         if bias is not None:
             rows = bias.expand(q.shape[0], q.shape[1], -1, -1)
-            rows = ops.merge_tokens(rows * asks, group, groups) / members
-            columns = ops.merge_tokens(rows.mT * kept, group, groups) / share
+            rows, _ = ops.cluster_means(rows, asks, groups, runs=asking)
+            columns, _ = ops.cluster_means(rows.mT, kept, groups, runs=runs)
             mask = mask + columns.mT
         out = F.scaled_dot_product_attention(
-            ops.merge_tokens(q * asks, group, groups) / members,
-            ops.merge_tokens(k * kept, group, groups) / share,
-            ops.merge_tokens(v * kept, group, groups) / share,
-            attn_mask=mask.to(q.dtype),
-            scale=context.scale,
+            queries, means, values, attn_mask=mask.to(q.dtype), scale=context.scale
         )
-        return ops.unmerge_tokens(out, group)
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)  # whole tokens lie together
+        return ops.gather_tokens(out, group)
 
     def flops(self, tokens: int, *, heads: int, head_dim: int, channels: int, layers: int) -> int:
         """FLOPs of the attention of one picture over so many layers, the matching included."""

@@ -68,7 +68,7 @@ from fna_lab.ops.error import (
 )
 from fna_lab.ops.explicit import explicit_attention
 from fna_lab.ops.knapsack import cheapest_choice
-from fna_lab.ops.merging import bipartite_matching, merge_tokens, unmerge_tokens
+from fna_lab.ops.merging import bipartite_matching
 from fna_lab.ops.ncut import Cut, align_axes, extend_cut, normalized_cut, rbf_bandwidth
 from fna_lab.ops.nystrom import (
     gather_tokens,
@@ -182,7 +182,6 @@ __all__ = [
     "mean_of_tokens",
     "medians",
     "moved_tokens",
-    "merge_tokens",
     "nearest_landmarks",
     "newton_schulz",
     "norm_fixed",
@@ -235,7 +234,6 @@ __all__ = [
     "token_rows",
     "top_activations",
     "top_register_neurons",
-    "unmerge_tokens",
     "weight_facts",
     "zero_rows",
 ]

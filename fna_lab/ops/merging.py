@@ -54,14 +54,3 @@ def bipartite_matching(
     whole = torch.ones_like(owner, dtype=torch.bool).scatter(1, source, False)
     rank = whole.long().cumsum(1) - 1
     return rank.gather(1, owner), tokens - num
-
-
-def merge_tokens(x: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Sums over groups: `[b h n d]`, long `[b n]` -> `[b h groups d]`."""
-    index = group[:, None, :, None].expand_as(x)
-    return x.new_zeros(*x.shape[:2], groups, x.shape[3]).scatter_add(2, index, x)
-
-
-def unmerge_tokens(x: Tensor, group: Tensor) -> Tensor:
-    """Every token gets what its group has: `[b h groups d]`, long `[b n]` -> `[b h n d]`."""
-    return x.gather(2, group[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
