@@ -262,7 +262,13 @@ class KeyMaskedAttention(AttentionVariant):
             return None, None
         keys = ops.kept_tokens(attn_mask)
         if keys is not None:
-            return keys.expand(q.shape[0], -1), None
+            bias = None
+            if attn_mask.dtype != torch.bool:
+                bias = attn_mask.masked_fill(~keys[:, None, None], 0)
+                # A compiler cannot ask, and takes it for a bias.
+                asked = torch.compiler.is_compiling() or bool(bias.any())
+                bias = bias.expand(-1, -1, q.shape[2], -1) if asked else None
+            return keys.expand(q.shape[0], -1), bias
         if attn_mask.dtype == torch.bool:
             raise NotImplementedError(
                 f"attn={self.name} cannot honour the host's attention mask of shape "

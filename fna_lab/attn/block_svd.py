@@ -46,12 +46,11 @@ class BlockSvdAttention(KeyMaskedAttention):
     ) -> Tensor:
         """See `ops.block_low_rank`."""
         batch, _, size, _ = q.shape
-        wide = torch.promote_types(q.dtype, torch.float32)
-        logits = context.scale * (q.to(wide) @ k.to(wide).mT)
+        logits = ops.attention_logits(q, k, context.scale)
         if bias is not None:
             logits = logits + bias
         if keys is not None:
-            logits = logits.masked_fill(~keys[:, None, None], torch.finfo(wide).min)
+            logits = logits.masked_fill(~keys[:, None, None], torch.finfo(logits.dtype).min)
         labels = torch.zeros((batch, size), dtype=torch.long, device=q.device)
         num = 1
         for name in self.partition:
@@ -63,8 +62,9 @@ class BlockSvdAttention(KeyMaskedAttention):
         if context.kept is not None:  # nor padding the rows of tokens that were taken away
             labels = labels.masked_fill(~context.kept, num)
             num += 1
-        pattern = ops.block_low_rank(logits.softmax(-1), labels, num, self.rank)
-        return (pattern @ v.to(wide)).to(v.dtype)
+        with ops.full_precision(q):
+            pattern = ops.block_low_rank(logits.softmax(-1), labels, num, self.rank)
+            return (pattern @ v.to(pattern.dtype)).to(v.dtype)
 
     def flops(self, tokens: int, *, heads: int, head_dim: int, channels: int, layers: int) -> int:
         """FLOPs of one picture: exact attention, and about 20 n^3 a decomposition."""

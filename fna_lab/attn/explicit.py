@@ -36,6 +36,8 @@ class ExplicitAttention(LandmarkAttention):
         ValueError: a setting is out of range.
     """
 
+    counts_at_will = False  # explicit tokens are among them
+
     def __init__(
         self,
         *,
@@ -49,6 +51,10 @@ class ExplicitAttention(LandmarkAttention):
         exclude: Sequence[str] = (),
         per_head: bool = False,
     ) -> None:
+        if not isinstance(num_landmarks, int):
+            raise ValueError(
+                f"attn.num_landmarks={num_landmarks!r}: expected one number for all blocks."
+            )
         super().__init__(
             landmarks=landmarks or GridFarthestPointLandmarks(),
             num_landmarks=num_landmarks,

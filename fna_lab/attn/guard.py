@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -21,13 +22,13 @@ class Guard:
 
     The residual of a head of a picture is the larger of two: that of the solve,
     ||A X - B|| / ||B||, which is the error at the landmark queries; and the error
-    ||out - exact|| / ||exact|| at a few other queries, spread evenly over the tokens. The second
-    is there because an inverse without a penalty meets every landmark and misses all the rest.
+    ||out - exact|| / ||exact|| at a few other queries, spread evenly over what is no padding. The
+    second is there because an inverse without a penalty meets every landmark and misses the rest.
     Costs O(probes n d) a head; where something is replaced, it waits for the device.
 
     Args:
         threshold: largest residual that is believed, above 0; 1 is what an answer of zeros has.
-        probes: how many other queries.
+        probes: how many other queries at most.
 
     Attributes:
         counts: by layer, heads of pictures seen, tried again with ridge, done exactly; long `[3]`.
@@ -36,9 +37,9 @@ class Guard:
         ValueError: a setting is out of range.
     """
 
-    def __init__(self, threshold: float, *, probes: int = 16) -> None:
+    def __init__(self, threshold: float, *, probes: int = 32) -> None:
         number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-        if not number or not threshold > 0:
+        if not number or not 0 < threshold < math.inf:
             raise ValueError(f"attn.guard={threshold!r}: expected a number > 0, or null for none.")
         self.threshold = threshold
         self.probes = probes
@@ -105,10 +106,9 @@ class Guard:
                 exact_rows=exact_rows,
                 **parts.clusters,
             )
-            step = max(1, out.shape[2] // self.probes)
-            probes = slice(step // 2, None, step)
-            right = parts.exact(scale, probes)
-            found = ops.relative_error(out[:, :, probes], right).nan_to_num(torch.inf, torch.inf)
+            probes = parts.spread(self.probes)
+            wrong = ops.relative_error(ops.gather_tokens(out, probes), parts.exact(scale, probes))
+            found = wrong.nan_to_num(torch.inf, torch.inf)
             return out, torch.maximum(noted[0], found) if noted else found
 
         clusters = {"members": members, "rows": rows} if members is not None else {}
@@ -171,11 +171,20 @@ class _Heads:
         clusters = {name: part(found) for name, found in self.clusters.items()}
         return _Heads(q, k, v, marks, keys, bias, clusters)
 
-    def exact(self, scale: float, rows: slice = slice(None)) -> Tensor:
-        """Exact attention of some queries: `[b h rows d]`."""
-        mask = None if self.bias is None else self.bias[:, :, rows]
+    def spread(self, num: int) -> Tensor:
+        """At most so many tokens at equal distances, none of them padding: long `[b num]`."""
+        batch, _, size, _ = self.q.shape
+        keys = self.keys
+        if keys is None:
+            keys = torch.ones((batch, size), dtype=torch.bool, device=self.q.device)
+        return ops.segment_centres(keys, min(num, size))
+
+    def exact(self, scale: float, rows: Tensor | None = None) -> Tensor:
+        """Exact attention of some queries, long `[b r]`, or of all: `[b h r d]`."""
+        q, mask = self.q, self.bias
+        if rows is not None:
+            q = ops.gather_tokens(q, rows)
+            mask = None if mask is None else ops.gather_tokens(mask, rows)
         if self.keys is not None:
             mask = ops.only_keys(self.keys, mask)
-        return F.scaled_dot_product_attention(
-            self.q[:, :, rows], self.k, self.v, attn_mask=mask, scale=scale
-        )
+        return F.scaled_dot_product_attention(q, self.k, self.v, attn_mask=mask, scale=scale)

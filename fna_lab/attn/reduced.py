@@ -25,12 +25,14 @@ class ReducedAttention(BlockCounts, KeyMaskedAttention):
 
     Attributes:
         stand_ins: what these vectors are called in messages.
+        counts_at_will: whether any number of them will do, for `attn.layers=auto` to choose.
 
     Raises:
         ValueError: `num_landmarks` is no positive integer, nor such numbers block by block.
     """
 
     stand_ins = "landmarks"
+    counts_at_will = True
 
     def __init__(self, *, num_landmarks: Counts) -> None:
         super().__init__(num_landmarks)
@@ -280,8 +282,11 @@ class LandmarkAttention(ReducedAttention):
         if wanted is not None:
             picks = ops.put_first(picks, wanted)
         if allowed is not None and (barred is None or size - barred < self.num_landmarks):
-            # Where too few are left, some samplers take others: the first stands in for those.
-            picks = torch.where(allowed.gather(1, picks), picks, picks[:, :1])
+            # Some samplers take others where too few are left, and all of them what is
+            # guaranteed, be it padding: the first that may be taken stands in for those.
+            good = allowed.gather(1, picks)
+            first = picks.gather(1, good.int().argmax(1, keepdim=True))
+            picks = torch.where(good, picks, first)
         return picks.unflatten(0, q.shape[:2]) if self.per_head else picks
 
 

@@ -26,8 +26,8 @@ class TomeAttention(KeyMaskedAttention):
     """
 
     def __init__(self, *, ratio: float = 0.5) -> None:
-        if not 0 <= ratio <= 0.5:
-            raise ValueError(f"attn.ratio={ratio}: expected a number from 0 to 0.5.")
+        if not isinstance(ratio, int | float) or not 0 <= ratio <= 0.5:
+            raise ValueError(f"attn.ratio={ratio!r}: expected a number from 0 to 0.5.")
         self.ratio = ratio
 
     def attend(

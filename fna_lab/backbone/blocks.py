@@ -51,13 +51,24 @@ def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
 
 
 def find_patch_embedding(model: nn.Module, blocks_path: str) -> nn.Module | None:
-    """The convolution that cuts pictures into patches, None where the host has none."""
-    parent = blocks_path
+    """The convolution that cuts pictures into patches, None where the host has none.
+
+    Of a stem of several convolutions, the last before the blocks.
+    """
+    parent, blocks = blocks_path, model.get_submodule(blocks_path)
+    inside = set(blocks.modules())
     while parent:
         parent = parent.rpartition(".")[0]
+        found, behind = None, False
         for module in model.get_submodule(parent).modules():
-            if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride:
-                return module
+            behind = behind or module is blocks
+            if behind and found is not None:
+                break
+            cuts = isinstance(module, nn.Conv2d) and module.kernel_size == module.stride
+            if cuts and module not in inside:
+                found = module
+        if found is not None:
+            return found
     return None
 
 

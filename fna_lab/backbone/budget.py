@@ -203,10 +203,10 @@ def check_budget(attn: AttentionVariant, budget: object) -> ReducedAttention:
         raise ValueError("attn.layers=auto needs a budget of error, such as attn.budget=0.01.")
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < 1:
         raise ValueError(f"attn.budget={budget!r}: expected a number between 0 and 1.")
-    if not isinstance(attn, ReducedAttention):
+    if not isinstance(attn, ReducedAttention) or not attn.counts_at_will:
         raise ValueError(
-            f"attn.layers=auto: attn={attn.name} has no landmarks to choose; use one that has, "
-            "such as attn=fna."
+            f"attn.layers=auto: attn={attn.name} has no landmarks to choose freely; use one that "
+            "has, such as attn=fna."
         )
     return attn
 
@@ -301,7 +301,9 @@ class _Bench:
         for exact, b in zip(self.wanted, found, strict=True):
             a = exact[: len(b)]
             cosine = torch.cosine_similarity(a.double(), b.double(), dim=-1)
-            errors.append(1 - torch.where((a == b).all(-1), 1.0, cosine).mean(1))
+            apart = 1 - torch.where((a == b).all(-1), 1.0, cosine)
+            there = a.any(-1)  # padding has no features, and must not count as exact
+            errors.append((apart * there).sum(1) / there.sum(1).clamp(min=1))
         return float(torch.stack(errors).nan_to_num(1.0).max())
 
     def _run(self, patched: Patch, pictures: Tensor | None = None) -> list[Tensor]:

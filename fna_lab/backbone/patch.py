@@ -346,7 +346,7 @@ class Patch:
             num_extra_tokens=self._extra(layer),
             num_suffix_tokens=self._pass.suffix,
             has_cls=self._has_cls(prefix),
-            grid=self._pass.grid,
+            grid=self._pass.fitting(x.shape[1] - prefix - self._extra(layer) - self._pass.suffix),
             attn_mask=self._adjuster.keys(attn_mask, x, layer, self._pass),
             removal=self._removal(layer) if again is None else again.removal,
             shared=self._pass.shared,

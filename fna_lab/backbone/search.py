@@ -141,6 +141,10 @@ class Pass:
             )
         return self.found[name]
 
+    def fitting(self, patches: int) -> tuple[int, int] | None:
+        """The grid of so many patch tokens; None where there are others than the host cut."""
+        return self.grid if self.grid and self.grid[0] * self.grid[1] == patches else None
+
     def join(self, x: Tensor, text: Tensor | None) -> Tensor:
         """What a block attends over: `[b n c]`, with the text `[b t c]` of a joint one behind."""
         self.suffix = 0 if text is None else text.shape[1]

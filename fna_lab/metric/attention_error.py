@@ -161,7 +161,9 @@ def classes_of(context: Context, num_extra: int = 0) -> dict[str, Tensor]:
     found |= {name: context.classes[name] for name in CLASSES if name in context.classes}
     if context.removal is not None:
         found["masked"] = context.removal.tokens
-    return found
+    # Padding is in no class; `kept` is of the host's own tokens, and knows no appended ones.
+    kept = context.kept
+    return found if kept is None else {name: some & (kept | extra) for name, some in found.items()}
 
 
 Solve = Callable[[Tensor, Tensor], Tensor]

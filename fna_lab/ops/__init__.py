@@ -19,7 +19,13 @@ from fna_lab.ops.anatomy import (
     qk_alignment,
     top_activations,
 )
-from fna_lab.ops.attention import as_bias, attention, attention_pattern
+from fna_lab.ops.attention import (
+    as_bias,
+    attention,
+    attention_logits,
+    attention_pattern,
+    full_precision,
+)
 from fna_lab.ops.blocks import block_low_rank
 from fna_lab.ops.bootstrap import bootstrap_mean
 from fna_lab.ops.choices import (
@@ -136,6 +142,7 @@ __all__ = [
     "as_bias",
     "attention",
     "attention_flops",
+    "attention_logits",
     "attention_pattern",
     "attention_rows",
     "average_ranks",
@@ -165,6 +172,7 @@ __all__ = [
     "extend_cut",
     "farthest_points",
     "farthest_points_flops",
+    "full_precision",
     "gather_tokens",
     "grid_cells",
     "incoming",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -118,11 +120,33 @@ def attention_pattern(
     """
     check_float("q", q, 4, "[b h n d]")
     check_float("k", k, 4, "[b h n d]")
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scale = default_scale(q) if scale is None else scale
-    scores = scale * (q.to(wide) @ k.to(wide).mT)
+    scores = attention_logits(q, k, default_scale(q) if scale is None else scale)
     if bias is not None and bias.dtype == torch.bool:
         scores = scores.masked_fill(~bias, -torch.inf)
     elif bias is not None:
         scores = scores + bias
     return scores.softmax(-1)
+
+
+def attention_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """scale q k' in at least float32, whatever autocast says.
+
+    Args:
+        q: queries `[b h m d]`.
+        k: keys `[b h n d]`.
+        scale: factor.
+
+    Returns:
+        `[b h m n]`.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    with full_precision(q):
+        return scale * (q.to(wide) @ k.to(wide).mT)
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Switches autocast off where it is on."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)

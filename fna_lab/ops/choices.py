@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fna_lab.ops.attention import attention_logits, full_precision
 from fna_lab.ops.checks import check_bool, check_float, check_index
 from fna_lab.ops.spread import gather_rows
 
@@ -126,11 +127,12 @@ def leverage_scores(
     points = points.to(torch.promote_types(points.dtype, torch.float32))
     if allowed is not None:
         points = points.masked_fill(~allowed[..., None], 0)
-    gram = points.mT @ points
-    level = gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp(min=1e-12)
-    gram = gram + torch.diag_embed((ridge * level).expand(-1, gram.shape[-1]))
-    factor = torch.linalg.cholesky(gram)
-    half = torch.linalg.solve_triangular(factor, points.mT, upper=False)
+    with full_precision(points):
+        gram = points.mT @ points
+        level = gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp(min=1e-12)
+        gram = gram + torch.diag_embed((ridge * level).expand(-1, gram.shape[-1]))
+        factor = torch.linalg.cholesky(gram)
+        half = torch.linalg.solve_triangular(factor, points.mT, upper=False)
     return half.square().sum(1)
 
 
@@ -190,20 +192,22 @@ def drawn_attention(
     """
     check_float("q", q, 4, "[b h n d]")
     check_float("k", k, 4, "[b h n d]")
-    wide = torch.promote_types(q.dtype, torch.float32)
     index = torch.tensor(rows, device=q.device)
-    logits = scale * (q[:, :, index].to(wide) @ k.to(wide).mT)
+    logits = attention_logits(q[:, :, index], k, scale)
     others = max(len(rows) - 1, 1)
     share = torch.full((len(rows),), 0.5 / others if first_half else 1.0 / len(rows))
     if first_half:
         share[0] = 0.5
     share = share.to(logits).expand(q.shape[0], -1)  # [b r]
     if keys is None:
-        return (share[:, None, None] @ logits.softmax(-1))[:, :, 0]
+        with full_precision(q):
+            return (share[:, None, None] @ logits.softmax(-1))[:, :, 0]
     check_bool("keys", keys, (q.shape[0], k.shape[2]))
     # A row that is left out leaves its share to the others; without any, all are asked.
     asked = share * keys[:, index]
     asked = torch.where(asked.sum(1, keepdim=True) > 0, asked, share)
     asked = asked / asked.sum(1, keepdim=True)
-    pattern = logits.masked_fill(~keys[:, None, None], torch.finfo(wide).min).softmax(-1)
-    return (asked[:, None, None] @ pattern)[:, :, 0].masked_fill(~keys[:, None], 0)
+    least = torch.finfo(logits.dtype).min
+    pattern = logits.masked_fill(~keys[:, None, None], least).softmax(-1)
+    with full_precision(q):
+        return (asked[:, None, None] @ pattern)[:, :, 0].masked_fill(~keys[:, None], 0)

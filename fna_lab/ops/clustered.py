@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fna_lab.ops.attention import as_bias, attention_with_lse
+from fna_lab.ops.attention import as_bias, attention_logits, attention_with_lse, full_precision
 from fna_lab.ops.checks import check_bool, check_float, check_index, check_qkv, default_scale
 from fna_lab.ops.nystrom import (
     check_landmarks,
@@ -323,9 +323,10 @@ class _WithoutSunk:
         out, lse = attention_with_lse(q, k, v, scale=scale, mask=attn_mask)
         wide = torch.promote_types(q.dtype, torch.float32)
         if lse is None:  # the kernel does not say
-            logits, bias = scale * (q.to(wide) @ k.to(wide).mT), as_bias(attn_mask, wide)
+            logits, bias = attention_logits(q, k, scale), as_bias(attn_mask, wide)
             lse = (logits if bias is None else logits + bias).logsumexp(-1)
-        logits = scale * (q.to(wide) @ self.keys.to(wide).mT)
+        logits = attention_logits(q, self.keys, scale)
         logits = logits.masked_fill(~self.valid[:, None, None], -torch.inf)
-        taken = (logits - lse[..., None]).exp() @ self.values.to(wide)
+        with full_precision(q):
+            taken = (logits - lse[..., None]).exp() @ self.values.to(wide)
         return out - taken.to(out.dtype)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fna_lab.ops.attention import attention_logits
 from fna_lab.ops.checks import check_bool, check_float, default_scale
 from fna_lab.ops.padding import medians, patches_of
 
@@ -122,8 +123,7 @@ def cls_row(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
     check_float("q", q, 4, "[b h n d]")
     check_float("k", k, 4, "[b h n d]")
     scale = default_scale(q) if scale is None else scale
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return (scale * (q[:, :, :1].to(wide) @ k.to(wide).mT)).softmax(-1)
+    return attention_logits(q[:, :, :1], k, scale).softmax(-1)
 
 
 def cls_proxy(

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fna_lab.ops.attention import full_precision
 from fna_lab.ops.checks import check_bool, check_qkv, default_scale
 from fna_lab.ops.nystrom import (
     check_landmarks,
     each_head,
-    full_precision,
     gather_tokens,
     only_keys,
     repeated_landmarks,

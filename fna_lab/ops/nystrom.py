@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fna_lab.ops.attention import attention_logits, full_precision
 from fna_lab.ops.checks import check_bool, check_choice, check_index, check_qkv, default_scale
 from fna_lab.ops.kernels.switch import chain_products
 from fna_lab.ops.solvers import newton_schulz, ridge_solve
@@ -158,7 +158,7 @@ def nystrom_chain(
     exact = (gather or few)(q_marks, k, v, attn_mask=rows, scale=scale)
     with full_precision(q):
         wide = torch.promote_types(q.dtype, torch.float32)
-        logits = scale * (q_marks.to(wide) @ k_marks.to(wide).mT)
+        logits = attention_logits(q_marks, k_marks, scale)
         logits = logits if corner is None else logits + corner
         gathered = exact.to(wide)
         if dead is not None:
@@ -256,7 +256,7 @@ def packed_table(x: Tensor) -> tuple[Tensor, int] | None:
     batch, heads, tokens, dim = x.shape
     width = heads * dim
     apart, across, stride, inner = x.stride()
-    packed = inner == 1 and across == dim and stride % width == 0
+    packed = inner == 1 and across == dim and stride > 0 and stride % width == 0
     packed = packed and (batch == 1 or apart == tokens * stride)
     if not packed or x.requires_grad or torch.compiler.is_compiling() or x.numel() == 0:
         return None
@@ -298,14 +298,6 @@ def only_keys(keys: Tensor, bias: Tensor | None) -> Tensor:
     """An `attn_mask` that leaves only keys bool `[b n]` or `[b h n]`, on top of a bias."""
     keep = each_head(keys)[:, :, None]
     return keep if bias is None else bias.masked_fill(~keep, -torch.inf)
-
-
-def full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """Switches autocast off where it is on."""
-    kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)
 
 
 def _solve(

@@ -8,13 +8,16 @@ from torch import Tensor
 
 from fna_lab.ops.checks import check_bool, check_float
 
+# Hosts write -inf, the least number, -1e9 or -1e4: beside a logit so low no weight is left.
+FAR = 9e3
+
 
 def kept_tokens(attn_mask: Tensor | None) -> Tensor | None:
     """Tokens that are no padding, by the host's padding mask.
 
     Args:
-        attn_mask: bool `[b 1 1 n]`, True = may be attended to, or float, far below zero elsewhere;
-            masks of other shapes and None are no padding masks.
+        attn_mask: bool `[b 1 1 n]`, True = may be attended to, or float, `FAR` below zero or more
+            elsewhere; masks of other shapes and None are no padding masks.
 
     Returns:
         bool `[b n]`; None = there is no padding mask.
@@ -24,7 +27,7 @@ def kept_tokens(attn_mask: Tensor | None) -> Tensor | None:
     keys = attn_mask[:, 0, 0]
     if keys.dtype == torch.bool:
         return keys
-    return keys > torch.finfo(keys.dtype).min / 2  # hosts write -inf, or the least number
+    return keys > -FAR
 
 
 def kept_before(kept: Tensor | None, x: Tensor, extra: int) -> Tensor | None:

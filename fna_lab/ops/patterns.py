@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fna_lab.ops.attention import attention_with_lse
+from fna_lab.ops.attention import attention_logits, attention_with_lse
 from fna_lab.ops.checks import check_bool, check_choice, check_qkv, default_scale
 from fna_lab.ops.nystrom import gather_tokens, put_tokens
 
@@ -289,7 +289,7 @@ def restore_own_rows(
             mask = kept if bias is None else bias.masked_fill(~kept, -torch.inf)
         exact = F.scaled_dot_product_attention(own_q, k, v, attn_mask=mask, scale=scale)
     else:
-        logits = scale * (own_q.to(wide) @ k.to(wide).mT)
+        logits = attention_logits(own_q, k, scale)
         logits = logits if bias is None else logits + bias
         own = logits.gather(3, across)
         if keys is not None:
@@ -310,8 +310,7 @@ def _dense(
     scale: float,
     bias: Tensor | None,
 ) -> Tensor:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    logits = scale * (q.to(wide) @ k.to(wide).mT)
+    logits = attention_logits(q, k, scale)
     if bias is not None:
         logits = logits + bias
     removed = removed[:, None]

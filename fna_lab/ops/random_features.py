@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fna_lab.ops.attention import attention_with_lse
+from fna_lab.ops.attention import attention_logits, attention_with_lse, full_precision
 from fna_lab.ops.checks import check_bool, check_qkv, default_scale
-from fna_lab.ops.nystrom import full_precision
 from fna_lab.ops.sketch import draw_apart
 
 
@@ -87,7 +86,7 @@ def performer_attention(
             bias = bias.masked_fill(~keys[:, None, None], -torch.inf)
         values, sums = attention_with_lse(directions, k, v, scale=scale**0.5, mask=bias)
         if sums is None:  # the kernel does not say
-            sums = (scale**0.5 * (directions @ k.mT) + bias).logsumexp(-1)
+            sums = (attention_logits(directions, k, scale**0.5) + bias).logsumexp(-1)
         out = F.scaled_dot_product_attention(
             q, directions, values, attn_mask=sums[:, :, None], scale=scale**0.5
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fna_lab.ops.attention import attention_logits
 from fna_lab.ops.checks import check_bool, check_choice, check_float, default_scale
 from fna_lab.ops.patterns import STAGES
 
@@ -48,8 +49,7 @@ def attention_rows(
     if q.shape != k.shape:
         raise ValueError(f"Expected q and k to fit, got {tuple(q.shape)} and {tuple(k.shape)}.")
     scale = default_scale(q) if scale is None else scale
-    wide = torch.promote_types(q.dtype, torch.float32)
-    logits = scale * (q[:, :, rows].to(wide) @ k.to(wide).mT)
+    logits = attention_logits(q[:, :, rows], k, scale)
     if bias is not None:
         logits = logits + bias.expand(*q.shape[:3], k.shape[2])[:, :, rows]
     if found is None:

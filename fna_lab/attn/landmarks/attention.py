@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.attn.landmarks.base import LandmarkSampler, highest
 
 
 class AttentionLandmarks(LandmarkSampler):
@@ -59,7 +59,7 @@ class AttentionLandmarks(LandmarkSampler):
         drawn = points.to(torch.promote_types(points.dtype, torch.float32)).sum(2)
         if allowed is not None:
             drawn = drawn.masked_fill(~allowed, -torch.inf)
-        return drawn.scatter(1, guaranteed, torch.inf).topk(num, dim=1).indices
+        return highest(drawn, num, guaranteed)
 
     def flops(self, tokens: int, channels: int, num: int) -> int:  # noqa: ARG002
         """FLOPs of the estimate for one picture: a few rows of attention logits."""

@@ -194,3 +194,14 @@ def source_points(
     if source == "qk":
         return torch.cat([q, k], dim=1).transpose(1, 2).flatten(2)
     return (q if source == "q" else k).transpose(1, 2).flatten(2)
+
+
+def highest(scores: Tensor, num: int, guaranteed: Tensor) -> Tensor:
+    """Guaranteed tokens in their order, long `[b g]`, then those of highest scores `[b n]`.
+
+    Returns:
+        Long `[b num]`.
+    """
+    given = guaranteed[:, :num]
+    rest = scores.scatter(1, given, -torch.inf).topk(num - given.shape[1], dim=1).indices
+    return torch.cat([given, rest], dim=1)

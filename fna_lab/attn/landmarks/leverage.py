@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.attn.landmarks.base import LandmarkSampler, highest
 
 
 class LeverageLandmarks(LandmarkSampler):
@@ -43,7 +43,7 @@ class LeverageLandmarks(LandmarkSampler):
         order = scores.clamp(min=1e-30).log() - (-uniform.clamp(min=1e-9).log()).log()
         if allowed is not None:
             order = order.masked_fill(~allowed, -torch.inf)
-        return order.scatter(1, guaranteed, torch.inf).topk(num, dim=1).indices
+        return highest(order, num, guaranteed)
 
     def flops(self, tokens: int, channels: int, num: int) -> int:  # noqa: ARG002
         """FLOPs of the scores of one picture."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.attn.landmarks.base import LandmarkSampler, highest
 
 
 class RandomLandmarks(LandmarkSampler):
@@ -37,5 +37,4 @@ class RandomLandmarks(LandmarkSampler):
         order = order.expand(batch, -1)
         if allowed is not None:
             order = order.masked_fill(~allowed, -1)
-        order = order.scatter(1, guaranteed, 2.0)  # guaranteed tokens rank first
-        return order.topk(num, dim=1).indices
+        return highest(order, num, guaranteed)
