@@ -12,6 +12,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+import fna_lab
 from fna_lab.backbone.base import Backbone
 from fna_lab.backbone.open_clip import OpenClipBackbone
 from fna_lab.backbone.timm import TimmBackbone
@@ -235,3 +236,15 @@ def test_no_weights_and_no_network_says_what_to_do(kind, monkeypatch, tmp_path):
     }[kind]
     with pytest.raises(FileNotFoundError, match="backbone.checkpoint=PATH.*pretrained=false"):
         build()
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"), [("vit_base_mci_224", (14, 14)), ("vit_tiny_r_s16_p8_224", (7, 7))]
+)
+def test_the_grid_of_a_stem_of_several_convolutions(name: str, grid: tuple[int, int]) -> None:
+    model = timm.create_model(name, pretrained=False, img_size=224).eval()
+    seen = []
+    with torch.no_grad(), fna_lab.patch(model, "fna", layers=[11], num_landmarks=16) as patched:
+        with patched.observed(lambda q, k, v, context: seen.append(context)):
+            model(torch.randn(1, 3, 224, 224))
+    assert seen[0].grid == grid and seen[0].num_prefix_tokens == 1

@@ -7,6 +7,7 @@ import json
 import random
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,7 @@ def test_under_a_mask_the_reference_is_masked_too() -> None:
         ({"budget": 0}, "attn.budget=0: expected a number between 0 and 1"),
         ({"budget": "low"}, "attn.budget='low'"),
         ({"budget": 0.1, "attn": "tome"}, "attn.layers=auto: attn=tome has no landmarks"),
+        ({"budget": 0.1, "attn": "explicit"}, "attn=explicit has no landmarks to choose freely"),
         ({"budget": 1e-9}, "attn.budget=1e-09: no choice of landmarks keeps it on the 3"),
         ({"budget": 0.1, "candidates": (25, 26)}, "at no number of landmarks cheaper than exact"),
         ({"budget": 0.1, "layers": "3-4"}, "block 4 does not exist"),
@@ -227,6 +229,19 @@ def test_bad_budgets_are_named(more: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         fna_lab.solve_budget(model, x, **({"candidates": FEW} | more))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_padding_is_not_compared() -> None:
+    """Rows of zeros, as features have them behind short sentences, dilute no error."""
+    host, model, x = build("timm vit")
+
+    def padded(pictures: torch.Tensor) -> list[torch.Tensor]:
+        return [F.pad(f, (0, 0, 0, 40)) for f in features(host, model, pictures)]
+
+    plain = partial(features, host, model)
+    more: dict[str, Any] = {"budget": 0.02, "candidates": FEW}
+    one, other = (fna_lab.solve_budget(model, x, features=f, **more) for f in (plain, padded))
+    assert one.landmarks == other.landmarks and one.error == pytest.approx(other.error, rel=1e-6)
 
 
 @pytest.mark.parametrize("budget", [1e-40, 1e-15, 1e-9])

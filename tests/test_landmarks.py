@@ -90,6 +90,14 @@ def test_guaranteed_tokens_are_in(name, num):
 
 
 @every_sampler
+def test_guaranteed_prefix_tokens_come_first(name):
+    guaranteed = torch.arange(5).expand(3, -1)  # the first is given its exact output
+    picks = choose(name, tokens(5), 12, prefix=5, guaranteed=guaranteed)
+    assert torch.equal(picks[:, :5], guaranteed)
+    assert torch.equal(choose(name, tokens(5), 5, prefix=5, guaranteed=guaranteed), guaranteed)
+
+
+@every_sampler
 def test_forbidden_tokens_are_out(name):
     allowed = torch.rand(3, 41, generator=torch.Generator().manual_seed(1)) < 0.5
     allowed[:, 0] = True

@@ -132,7 +132,8 @@ def test_kept_tokens_reads_every_padding_mask() -> None:
     keep = torch.tensor([[True, True, False]])
     least = torch.zeros(1, 3).masked_fill(~keep, torch.finfo(torch.float32).min)
     endless = torch.zeros(1, 3).masked_fill(~keep, -torch.inf)
-    for mask in (keep, least, endless):
+    low = torch.zeros(1, 3).masked_fill(~keep, -1e4)  # as older hosts write it
+    for mask in (keep, least, endless, low):
         found = ops.kept_tokens(mask[:, None, None])
         assert found is not None and torch.equal(found, keep)
     assert ops.kept_tokens(None) is None
@@ -218,6 +219,7 @@ VARIANTS = {
         num_landmarks=4, landmarks=FPS, guarantee=(), exclude=("cls",)
     ),
     "fna_paper": PublishedFastNystromAttention(num_landmarks=5, landmarks=FPS),
+    "fna guarded": FastNystromAttention(num_landmarks=5, landmarks=FPS, guard=0.3),
     "subset": SubsetAttention(num_landmarks=5, landmarks=FPS),
     "explicit": ExplicitAttention(num_landmarks=5, num_explicit=2, landmarks=FPS),
     "performer": PerformerAttention(num_features=32),

@@ -121,6 +121,9 @@ def attention_facts(
     rows = ops.weight_facts(lambda values: run(plain, values), v)
     exact_sum = run(exact, torch.ones_like(v))[..., 0]
     rows["row_sum_gap"] = (rows["row_sum"] - exact_sum).abs()
+    kept = context.kept
+    if kept is not None:  # no column is padding's
+        rows["negative_share"] *= kept.shape[1] / kept.sum(1).clamp(min=1)[:, None, None]
     rows["cosine"] = ops.output_cosine(out, wanted)
     facts = {}
     for name, tokens in classes_of(context, attn.num_extra_tokens).items():

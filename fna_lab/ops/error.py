@@ -98,8 +98,8 @@ def weight_facts(attend: Callable[[Tensor], Tensor], like: Tensor) -> dict[str, 
 
     Returns:
         Each `[b h n]`, float64, one number a row. `row_sum`: 1 for exact attention.
-        `negative_share`: share of the n entries that are below 0. `negative_mass`: their absolute
-        sum over the absolute sum of the row.
+        `negative_share`: share of the n entries that are below 0 by more than rounding.
+        `negative_mass`: the absolute sum of those below 0 over that of the row.
 
     Raises:
         TypeError: `like` is not a floating tensor.
@@ -117,7 +117,7 @@ def weight_facts(attend: Callable[[Tensor], Tensor], like: Tensor) -> dict[str, 
         weights = attend(columns)[..., :width].double()
         total += weights.abs().sum(-1)
         negative += weights.clamp(max=0).abs().sum(-1)
-        below += (weights < 0).sum(-1)
+        below += (weights < -4 * torch.finfo(like.dtype).eps).sum(-1)
     return {
         "row_sum": attend(torch.ones_like(like))[..., 0].double(),
         "negative_share": below / n,
