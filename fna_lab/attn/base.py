@@ -257,7 +257,10 @@ class KeyMaskedAttention(AttentionVariant):
         return keys, bias
 
     def _split(self, attn_mask: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The host's mask as (keys that may be attended to `[b n]`, bias of the logits)."""
+        """The host's mask as (keys that may be attended to `[b n]`, bias of the logits).
+
+        Waits for the device where the mask of keys is no bool: whether it is a bias as well.
+        """
         if attn_mask is None:
             return None, None
         keys = ops.kept_tokens(attn_mask)

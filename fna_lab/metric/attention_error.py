@@ -123,7 +123,8 @@ def attention_facts(
     rows["row_sum_gap"] = (rows["row_sum"] - exact_sum).abs()
     kept = context.kept
     if kept is not None:  # no column is padding's
-        rows["negative_share"] *= kept.shape[1] / kept.sum(1).clamp(min=1)[:, None, None]
+        columns = (kept.sum(1) + context.num_extra_tokens).clamp(min=1)
+        rows["negative_share"] *= kept.shape[1] / columns[:, None, None]
     rows["cosine"] = ops.output_cosine(out, wanted)
     facts = {}
     for name, tokens in classes_of(context, attn.num_extra_tokens).items():
