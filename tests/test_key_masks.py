@@ -64,6 +64,18 @@ def test_a_mask_far_below_zero_is_a_padding_mask(name: str, low: float) -> None:
     assert not torch.allclose(wanted, run(name, None).transpose(1, 2)[KEEP])
 
 
+@pytest.mark.parametrize("name", [*VARIANTS, "fna rows"])
+def test_a_mask_that_keeps_all_changes_nothing(name: str) -> None:
+    """Rows that are fitted may repeat landmarks; none weighs twice, masked or not."""
+    settings = {"fna rows": {"num_landmarks": 8, "rows": 3}}.get(name) or VARIANTS[name]
+    variant = named_attention(name.partition(" ")[0], **settings)
+    outs = []
+    for mask in (None, torch.ones(2, 1, 1, N, dtype=torch.bool)):
+        (q, k, v), context = given(mask)
+        outs.append(variant(q, k, v, context))
+    torch.testing.assert_close(*outs)
+
+
 honouring = pytest.mark.parametrize("name", [name for name in VARIANTS if name != "performer"])
 
 

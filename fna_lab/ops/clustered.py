@@ -206,10 +206,10 @@ def clustered_attention(
         )
     if keys is not None:
         check_bool("keys", keys, (q.shape[0], k.shape[2]))
-    tokens = landmarks
+    tokens, extra = landmarks, False
     if rows is not None:
         check_landmarks(rows, q)
-        tokens = rows
+        tokens, extra = rows, rows.shape[-1] > landmarks.shape[-1]  # extra ones may repeat some
     if bias is not None and (own is not None or sunk is not None):
         raise ValueError("Expected no bias with own or sunk.")
     means, sizes = cluster_means(k, members, landmarks.shape[-1], runs=runs)
@@ -244,7 +244,9 @@ def clustered_attention(
         columns=columns,
         corner=corner,
         dead=dead,
-        gone=None if dead is None or rows is None else repeated_landmarks(rows),
+        gone=repeated_landmarks(rows)
+        if rows is not None and (dead is not None or extra)
+        else None,
         prior=prior,
         gather=few,
     )
