@@ -155,23 +155,14 @@ class LandmarkAttention(ReducedAttention):
         """Channels of what is sampled, for so many of the host (or of its heads)."""
         return (2 if self.source == "qk" else 1) * channels
 
-    def choose(
-        self,
-        q: Tensor,
-        k: Tensor,
-        keys: Tensor | None,
-        context: Context,
-        points: Tensor | None = None,
-    ) -> Tensor:
+    def choose(self, q: Tensor, k: Tensor, keys: Tensor | None, context: Context) -> Tensor:
         """Landmarks, long `[b m]` or per head `[b h m]`: new, or of an earlier layer of this pass.
-
-        `points` are what is sampled, `[b n c]` or per head `[b*h n c]`, where that is known.
 
         Raises:
             ValueError: more landmarks than tokens that may be taken.
         """
         served = self.served(keys, context)
-        return self.renewed(q, k, keys, context, points) if served is None else served
+        return self.renewed(q, k, keys, context) if served is None else served
 
     def renewed(
         self,
@@ -181,7 +172,10 @@ class LandmarkAttention(ReducedAttention):
         context: Context,
         points: Tensor | None = None,
     ) -> Tensor:
-        """New landmarks, for this layer and those that it serves; see `choose`."""
+        """New landmarks, for this layer and those that it serves; see `choose`.
+
+        `points` are what is sampled, `[b n c]` or per head `[b*h n c]`, where that is known.
+        """
         num, slot = self.landmarks_at(context.layer, context.nth), slot_of(keys, context)
         begin = context.stopwatch.now() if context.stopwatch else 0.0
         sampling = self if num == self.num_landmarks else self.with_landmarks(num)

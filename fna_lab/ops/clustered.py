@@ -206,16 +206,19 @@ def clustered_attention(
         )
     if keys is not None:
         check_bool("keys", keys, (q.shape[0], k.shape[2]))
-    tokens, extra = landmarks, False
+    tokens = landmarks
     if rows is not None:
         check_landmarks(rows, q)
-        tokens, extra = rows, rows.shape[-1] > landmarks.shape[-1]  # extra ones may repeat some
+        tokens = rows
     if bias is not None and (own is not None or sunk is not None):
         raise ValueError("Expected no bias with own or sunk.")
     means, sizes = cluster_means(k, members, landmarks.shape[-1], runs=runs)
     sizes = each_head(sizes)
     distinct = keys is None if distinct is None else distinct
     dead = None if distinct else sizes == 0
+    gone = None
+    if rows is not None and (dead is not None or rows.shape[-1] > landmarks.shape[-1]):
+        gone = repeated_landmarks(rows)  # more rows than landmarks may repeat some
     # A repeated landmark has no cluster: log 0 keeps everybody from it.
     columns = corner = sizes.log()[:, :, None]
     seen = None
@@ -244,9 +247,7 @@ def clustered_attention(
         columns=columns,
         corner=corner,
         dead=dead,
-        gone=repeated_landmarks(rows)
-        if rows is not None and (dead is not None or extra)
-        else None,
+        gone=gone,
         prior=prior,
         gather=few,
     )
