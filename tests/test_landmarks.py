@@ -74,6 +74,18 @@ def test_landmarks_are_distinct_tokens(name, prefix, num):
 
 
 @every_sampler
+def test_a_compiled_graph_holds_each_whole_at_any_size(name):
+    def run(points):
+        return choose(name, points, 9, guaranteed=torch.zeros(3, 1, dtype=torch.long))
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for channels in (24, 32, 40):
+        points = torch.randn(3, 41, channels, generator=torch.Generator().manual_seed(channels))
+        assert torch.equal(compiled(points), run(points))
+    torch._dynamo.reset()
+
+
+@every_sampler
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 def test_every_token_may_be_a_landmark(name, prefix):
     picks = choose(name, tokens(prefix), prefix + 40, prefix=prefix)

@@ -289,52 +289,6 @@ def test_nothing_breaks_the_graph_of_a_compiled_call(thin, size):
     assert torch.equal(compiled(points, first, allowed), run(points, first, allowed))
 
 
-@pytest.fixture
-def no_draw_yet():
-    from fna_lab.ops import sketch
-
-    sketch._drawn.cache_clear()
-    yield
-    sketch._drawn.cache_clear()
-
-
-def export(points):
-    class Model(torch.nn.Module):
-        def forward(self, x):
-            return ops.sketch_points(x, 4)
-
-    return torch.export.export(Model(), (points,)).module()(points)
-
-
-def in_float64(points):
-    torch.set_default_dtype(torch.float64)
-    try:
-        return ops.sketch_points(points, 4)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.parametrize(
-    "first",
-    [
-        export,
-        in_float64,
-        torch.func.vmap(lambda x: ops.sketch_points(x[None], 4)[0]),
-        torch.inference_mode()(lambda x: ops.sketch_points(x, 4)),
-    ],
-    ids=["export", "float64", "vmap", "inference"],
-)
-def test_the_draw_is_the_same_whatever_the_first_call_runs_under(no_draw_yet, first):
-    points = random_points(2, 5, 6).float()
-    generator = torch.Generator().manual_seed(0)
-    wanted = points @ (torch.randn(6, 4, generator=generator) * 6**-0.5)
-    torch.testing.assert_close(first(points), wanted)
-    again = points.clone().requires_grad_()
-    found = ops.sketch_points(again, 4)
-    found.sum().backward()
-    torch.testing.assert_close(found.detach(), wanted)
-
-
 @pytest.mark.parametrize(("size", "num"), [(197, 64), (1370, 64), (5477, 64), (1370, 128)])
 def test_the_flops_of_half_of_a_sample_are_those_that_torch_counts(size, num):
     points = random_points(batch=1, size=size, channels=48)

@@ -63,6 +63,7 @@ from fna_lab.ops.detectors import (
     suppression,
 )
 from fna_lab.ops.directions import alignment, defect_direction, linear_map, principal_projection
+from fna_lab.ops.draws import uniform_numbers
 from fna_lab.ops.error import (
     condition_number,
     inverse_residual,
@@ -242,6 +243,7 @@ __all__ = [
     "token_rows",
     "top_activations",
     "top_register_neurons",
+    "uniform_numbers",
     "weight_facts",
     "zero_rows",
 ]

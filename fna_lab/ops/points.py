@@ -97,8 +97,9 @@ class _DirectDistance:
     def __init__(self, points: Tensor) -> None:
         self.points = points.detach()
         self.runs: Sequence[Tensor] = ()
-        many = points.numel() > AT_A_TIME // 8  # for fewer, a buffer costs more than it saves
-        if many and points.device.type == "cpu" and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or points.device.type != "cpu":
+            return
+        if points.numel() > AT_A_TIME // 8:  # for fewer, a buffer costs more than it saves
             rows = AT_A_TIME // max(1, points[:, 0].numel())
             self.runs = self.points.split(max(1, rows), dim=1)
             self.room = torch.empty_like(self.runs[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,30 +10,26 @@ from torch import Tensor
 
 from fna_lab.ops.attention import attention_logits, attention_with_lse, full_precision
 from fna_lab.ops.checks import check_bool, check_qkv, default_scale
-from fna_lab.ops.sketch import draw_apart
+from fna_lab.ops.draws import drawn_once
 
 
-@torch.compiler.assume_constant_result  # a draw by numbers alone: compilers need not see it
 def orthogonal_features(num: int, dim: int, *, seed: int = 0) -> Tensor:
     """Gaussian directions, orthogonal in blocks of `dim`, `[num dim]` in float32.
 
     Source: Choromanski et al. 2021 (Performer).
     """
-    return _drawn(num, dim, seed).clone()
+    return _directions(num, dim, seed).clone()
 
 
-@functools.lru_cache(maxsize=16)  # the same at every layer
-def _drawn(num: int, dim: int, seed: int) -> Tensor:
-    return draw_apart(_orthogonal, num, dim, seed)
-
-
-def _orthogonal(num: int, dim: int, seed: int) -> Tensor:
+@drawn_once
+def _directions(num: int, dim: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
+    how: dict[str, Any] = {"generator": generator, "device": "cpu", "dtype": torch.float32}
     blocks = []
     for _ in range(-(-num // dim)):
-        q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator))
+        q, r = torch.linalg.qr(torch.randn(dim, dim, **how))
         blocks.append((q * r.diagonal().sign()).mT)
-    lengths = torch.randn(num, dim, generator=generator).norm(dim=1, keepdim=True)
+    lengths = torch.randn(num, dim, **how).norm(dim=1, keepdim=True)
     return torch.cat(blocks)[:num] * lengths
 
 

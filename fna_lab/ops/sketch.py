@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 from torch import Tensor
 
 from fna_lab.ops.checks import check_float
+from fna_lab.ops.draws import drawn_once
 
 
 def sketch_points(points: Tensor, dims: int, *, normed: bool = False, groups: int = 1) -> Tensor:
@@ -64,27 +61,8 @@ def sketch_points(points: Tensor, dims: int, *, normed: bool = False, groups: in
     return found.mul_(variance.add_(1e-5).rsqrt_())
 
 
-@torch.compiler.assume_constant_result  # a traced graph may not make a generator of its own
+@drawn_once
 def _draw(channels: int, dims: int) -> Tensor:
-    return _drawn(channels, dims)
-
-
-@functools.lru_cache(maxsize=16)  # the same few at every layer
-def _drawn(channels: int, dims: int) -> Tensor:
-    return draw_apart(_normal, channels, dims)
-
-
-def draw_apart(draw: Callable[..., Tensor], *given: int) -> Tensor:
-    """What `draw` gives, fit to be kept for later calls.
-
-    What a first call runs under (inference mode, vmap, a trace with fake tensors) would cling to
-    the draw of all later ones. A thread of its own is under none of it.
-    """
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(draw, *given).result()
-
-
-def _normal(channels: int, dims: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     draw = torch.randn(channels, dims, generator=generator, device="cpu", dtype=torch.float32)
     return draw * channels**-0.5  # of the size of one channel: half precision holds it

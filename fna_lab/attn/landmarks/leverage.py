@@ -37,8 +37,7 @@ class LeverageLandmarks(LandmarkSampler):
     ) -> Tensor:
         """Guaranteed tokens, then drawn ones: `[b n c]` -> long `[b m]`."""
         scores = ops.leverage_scores(points, ridge=self.ridge, allowed=allowed)
-        generator = torch.Generator().manual_seed(self.seed)
-        uniform = torch.rand(points.shape[1], generator=generator).to(scores)
+        uniform = ops.uniform_numbers(points.shape[1], self.seed).to(scores)
         # The largest of log p + Gumbel noise: a draw without replacement.
         order = scores.clamp(min=1e-30).log() - (-uniform.clamp(min=1e-9).log()).log()
         if allowed is not None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from fna_lab import ops
 from fna_lab.attn.landmarks.base import LandmarkSampler, highest
 
 
@@ -32,9 +32,7 @@ class RandomLandmarks(LandmarkSampler):
     ) -> Tensor:
         """Guaranteed tokens, then random ones: `[b n c]` -> long `[b m]`."""
         batch, num_tokens, _ = points.shape
-        generator = torch.Generator().manual_seed(self.seed)
-        order = torch.rand(num_tokens, generator=generator).to(points.device)
-        order = order.expand(batch, -1)
+        order = ops.uniform_numbers(num_tokens, self.seed).to(points.device).expand(batch, -1)
         if allowed is not None:
             order = order.masked_fill(~allowed, -1)
         return highest(order, num, guaranteed)
