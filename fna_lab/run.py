@@ -139,9 +139,12 @@ def plan(
         "restart": min(restart, detect if mask.detect is None else mask.detect),
     }
     solved = None
+    if layers != "auto":
+        layers = range(anatomy.fna, depth) if layers is None else layers
+        layers = parse_layers(layers, depth, setting="attn.layers")
     if attn.calibration_pictures:
         with _calibrating(cfg, backbone, data, attn.calibration_pictures) as pictures:
-            attn = attn.calibrate(lambda: backbone(pictures), backbone.blocks)
+            attn = attn.calibrate(lambda: backbone(pictures), backbone.blocks, layers)
     if layers == "auto":
         with _calibrating(cfg, backbone, data, cfg.calibration) as pictures:
             log.info("attn.budget=%s: choosing on %d pictures", budget, len(pictures))
@@ -154,7 +157,6 @@ def plan(
                 patching=patching,
             )
         attn, layers = attn.with_landmarks(solved.landmarks), sorted(solved.landmarks)
-    layers = range(anatomy.fna, depth) if layers is None else layers
     patched = patch(backbone.host, attn, layers=layers, **patching)
     exact = patch(backbone.host, "exact", layers=patched.attn_layers, blocks=backbone.blocks_path)
     exact.enabled = False

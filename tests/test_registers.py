@@ -95,15 +95,21 @@ def test_found_neurons_are_those_of_the_definition(caplog):
     variant = RegistersAttention(count=5, top_k=6)
     assert variant.calibration_pictures == 5
     with caplog.at_level(logging.INFO):
-        settled = variant.calibrate(lambda: model(x), blocks)
+        settled = variant.calibrate(lambda: model(x), blocks, range(4))
     assert settled is not variant and variant.neurons is None
     assert settled.neurons == wanted and settled.calibration_pictures == 0
     assert f"attn.neurons=[[{wanted[0][0]},{wanted[0][1]}]," in caplog.text
-    batches = variant.calibrate(lambda: [model(part) for part in x.split(2)], blocks)
+    batches = variant.calibrate(lambda: [model(part) for part in x.split(2)], blocks, range(4))
     assert batches.neurons == wanted
-    low = RegistersAttention(top_k=6, highest_layer=1).calibrate(lambda: model(x), blocks)
+    low = RegistersAttention(top_k=6, highest_layer=1).calibrate(
+        lambda: model(x), blocks, range(4)
+    )
     assert {layer for layer, _ in low.neurons} <= {0, 1}
     with fna_lab.patch(model, settled, layers="all"):
+        assert torch.isfinite(model(x)).all()
+    late = RegistersAttention(top_k=6).calibrate(lambda: model(x), blocks, (2, 3))
+    assert {layer for layer, _ in late.neurons} <= {2, 3}
+    with fna_lab.patch(model, late, layers="2-3"):
         assert torch.isfinite(model(x)).all()
 
 
@@ -111,7 +117,7 @@ def test_without_outliers_a_warning_says_so(caplog):
     _, model, x = build("timm vit")
     _, blocks = find_blocks(model)
     variant = RegistersAttention(outlier_ratio=50.0, top_k=3)
-    settled = variant.calibrate(lambda: model(x), blocks)
+    settled = variant.calibrate(lambda: model(x), blocks, range(4))
     assert len(settled.neurons) == 3 and "no register neurons" in caplog.text
 
 
@@ -163,10 +169,14 @@ def test_neurons_that_do_not_fit_the_host_are_named(settings, words):
         fna_lab.patch(model, "registers", layers="1-", **settings)
 
 
-def test_a_highest_layer_beyond_the_host_is_named():
+@pytest.mark.parametrize(
+    ("highest", "words"), [(4, "the host has 4 blocks"), (1, "expected a block from 2, where")]
+)
+def test_a_highest_layer_outside_the_search_is_named(highest, words):
     _, model, x = build("timm vit")
-    with pytest.raises(ValueError, match="attn.highest_layer=4: the host has 4 blocks"):
-        RegistersAttention(highest_layer=4).calibrate(lambda: model(x), find_blocks(model)[1])
+    variant = RegistersAttention(highest_layer=highest)
+    with pytest.raises(ValueError, match=f"attn.highest_layer={highest}: {words}"):
+        variant.calibrate(lambda: model(x), find_blocks(model)[1], (2, 3))
 
 
 @pytest.mark.parametrize("name", ["timm vit", "timm dinov2 registers", "open_clip"])

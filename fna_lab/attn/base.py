@@ -149,12 +149,14 @@ class AttentionVariant(ABC):
         self,
         forward: Callable[[], object],  # noqa: ARG002
         blocks: Sequence[nn.Module],  # noqa: ARG002
+        layers: Sequence[int],  # noqa: ARG002
     ) -> AttentionVariant:
         """The variant with what a few pictures settle, before the host is patched.
 
         Args:
             forward: runs `calibration_pictures` pictures through the unpatched host.
             blocks: the host's blocks, in order.
+            layers: those whose attention will be replaced.
 
         Returns:
             A settled copy; itself where there is nothing to settle.

@@ -107,22 +107,28 @@ class RegistersAttention(AttentionVariant):
         return layers * ops.attention_flops(tokens + self.num_extra_tokens, heads, head_dim)
 
     def calibrate(
-        self, forward: Callable[[], object], blocks: Sequence[nn.Module]
+        self, forward: Callable[[], object], blocks: Sequence[nn.Module], layers: Sequence[int]
     ) -> AttentionVariant:
         """A copy with the neurons that fire most at the outlier tokens of these pictures.
 
+        They are sought from the block where the registers are appended up to `highest_layer`.
         Outliers are read behind the last block. Where no picture has any, the patch token of the
         largest norm of each stands in, and a warning says so. Pictures must be square: tokens that
         do not fit into the largest square grid are taken for prefix tokens.
 
         Raises:
-            ValueError: `highest_layer` lies beyond the host.
+            ValueError: `highest_layer` lies beyond the host, or before the registers.
         """
         highest = len(blocks) - 1 if self.highest_layer is None else self.highest_layer
         if highest >= len(blocks):
             raise ValueError(
                 f"attn.highest_layer={highest}: the host has {len(blocks)} blocks, 0 to "
                 f"{len(blocks) - 1}."
+            )
+        if highest < layers[0]:
+            raise ValueError(
+                f"attn.highest_layer={highest}: expected a block from {layers[0]}, where the "
+                "registers are appended (the first of attn.layers)."
             )
         first = _tokens_first(blocks[0])
         seen: list[Tensor] = []
@@ -132,7 +138,7 @@ class RegistersAttention(AttentionVariant):
         with torch.no_grad():
             _run(forward, [handle])
         tokens = self._outliers(torch.cat(seen))
-        scores: dict[int, list[Tensor]] = {layer: [] for layer in range(highest + 1)}
+        scores: dict[int, list[Tensor]] = {layer: [] for layer in range(layers[0], highest + 1)}
         done = dict.fromkeys(scores, 0)
         handles = []
         for layer in scores:
@@ -148,7 +154,9 @@ class RegistersAttention(AttentionVariant):
             _run(forward, handles)
         table = torch.stack([torch.stack(scores[layer]).sum(0) for layer in scores])
         settled = copy.copy(self)
-        settled.neurons = ops.top_register_neurons(table, min(self.top_k, table.numel()))
+        settled.neurons = ops.top_register_neurons(
+            table, min(self.top_k, table.numel()), layers=list(scores)
+        )
         settled.calibration_pictures = 0
         log.info(
             "attn.neurons=%s, found on %d pictures with %d outlier tokens",
