@@ -11,6 +11,7 @@ from torch import nn
 
 import fna_lab
 from fna_lab.attn.exact import ExactAttention
+from fna_lab.attn.fna import FastNystromAttention
 from fna_lab.mask.detector.cls_proxy import ClsProxyDetector
 from fna_lab.mask.detector.norm_ratio import NormRatioDetector
 from fna_lab.mask.detector.register_neurons import RegisterNeuronsDetector
@@ -189,3 +190,30 @@ def test_type2_compiles_without_graph_breaks(stage, ratio):
         torch._dynamo.reset()
         compiled = torch.compile(model.forward_features, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mask_layers", [[3], [2, 3], [1, 3]])
+def test_only_attention_that_the_host_goes_on_with_is_counted_and_shown(mask_layers):
+    host, model, x = build("timm vit")
+    heads, seen, measured = model.blocks[0].attn.num_heads, [], []
+    settings = LATE | dict(layers="1-3", mask_layers=mask_layers)
+    masked = [layer in mask_layers for layer in range(1, 4)]
+
+    def observe(q, k, v, context):
+        seen.append((context.layer, context.removal is not None))
+
+    def meter(variant, q, k, v, context):
+        measured.append((context.layer, context.removal is not None))
+        return variant(q, k, v, context)
+
+    variant = FastNystromAttention(num_landmarks=6, guard=0.5)
+    with fna_lab.patch(model, variant, iterative(), **settings) as patched:
+        plain = host.run(model, x)
+        assert patched.ranks.max() > 1  # blocks ran again
+        patched.meter = meter
+        with patched.observed(observe):
+            torch.testing.assert_close(host.run(model, x), plain)
+    counts = {layer: int(count[0]) for layer, count in variant.guard.counts.items()}
+    assert counts == dict.fromkeys((1, 2, 3), 2 * len(x) * heads)
+    assert measured == list(zip((1, 2, 3), masked, strict=True))
+    assert seen == [(0, False), *measured]

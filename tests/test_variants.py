@@ -11,6 +11,8 @@ from fna_lab.attn.base import Context
 from fna_lab.attn.block_svd import BlockSvdAttention
 from fna_lab.attn.explicit import ExplicitAttention
 from fna_lab.attn.landmarks.random import RandomLandmarks
+from fna_lab.attn.linformer_pool import LinformerPoolAttention
+from fna_lab.attn.nystromformer import NystromformerAttention
 from fna_lab.attn.prune import PruneAttention
 from fna_lab.attn.solver.pinv import PinvSolver
 from fna_lab.attn.tome import TomeAttention
@@ -265,3 +267,19 @@ def test_merged_attention_equals_its_definition(mask, ratio):
                 logits = logits + torch.tensor(between, dtype=q.dtype)
             expected = (logits.softmax(-1) @ value)[group[b]]
             torch.testing.assert_close(out[b, h], expected)
+
+
+@pytest.mark.parametrize("variant", [NystromformerAttention, LinformerPoolAttention])
+@pytest.mark.parametrize(
+    ("num", "words"),
+    [
+        (5, "attn.num_landmarks=5: expected at least 6 segments, one for each of 5 prefix tokens"),
+        (26, "attn.num_landmarks=26: more segments than the 25 tokens"),
+    ],
+)
+def test_segments_that_do_not_fit_are_named(variant, num, words):
+    q = torch.randn(1, 2, 25, 8)
+    context = Context(layer=0, nth=0, scale=0.3, x=torch.randn(1, 25, 16), num_prefix_tokens=5)
+    with pytest.raises(ValueError, match=words):
+        variant(num_landmarks=num)(q, q, q, context)
+    assert variant(num_landmarks=6)(q, q, q, context).isfinite().all()

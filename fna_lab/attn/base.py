@@ -57,6 +57,8 @@ class Context:
         classes: token classes that the variant asked for by `token_classes`, bool `[b n]` each.
         reweigh: changes the attention weights `[b h n n]`, where a mask strategy does so.
         depth: number of blocks of the host, None where unknown.
+        stays: whether the host goes on with the output; False where a block runs to look for
+            tokens alone.
     """
 
     layer: int
@@ -75,6 +77,7 @@ class Context:
     num_extra_tokens: int = 0
     num_suffix_tokens: int = 0
     depth: int | None = None
+    stays: bool = True
 
     @property
     def kept(self) -> Tensor | None:

@@ -126,7 +126,8 @@ class FastNystromAttention(LandmarkAttention):
                 more["sunk"] = rows if removal.stage == "sink" else None
         if self.guard is None:
             return attention(q, k, v, landmarks, **more)
-        return self.guard.attention(attention, q, k, v, landmarks, layer=context.layer, **more)
+        layer = context.layer if context.stays else None
+        return self.guard.attention(attention, q, k, v, landmarks, layer=layer, **more)
 
     def removes(self, removal: Removal, v: Tensor, bias: Tensor | None) -> bool:
         """Whether clusters see to a removal themselves."""

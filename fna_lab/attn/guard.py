@@ -53,7 +53,7 @@ class Guard:
         v: Tensor,
         landmarks: Tensor,
         *,
-        layer: int,
+        layer: int | None,
         scale: float,
         solver: Solver,
         keys: Tensor | None = None,
@@ -72,7 +72,7 @@ class Guard:
             k: keys `[b h n d]`.
             v: values `[b h n d]`.
             landmarks: token indices, long `[b m]`, or `[b h m]` where heads differ.
-            layer: under which the counts go.
+            layer: under which the counts go; None = nothing is counted.
             scale: factor of the logits.
             solver: the chosen one.
             keys: bool `[b n]`, True = may be attended to; None = all.
@@ -131,7 +131,8 @@ class Guard:
                 counts[2] = int(exactly.sum())
                 surely = everything.only(exactly).exact(scale)
                 out = out.masked_scatter(exactly[:, :, None, None], surely)
-        self.counts[layer] = self.counts.get(layer, torch.zeros(3, dtype=torch.long)) + counts
+        if layer is not None:
+            self.counts[layer] = self.counts.get(layer, torch.zeros(3, dtype=torch.long)) + counts
         return out
 
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from fna_lab import ops
 from fna_lab.attn.base import Context
 from fna_lab.attn.layers import Counts
-from fna_lab.attn.reduced import ReducedAttention
+from fna_lab.attn.reduced import SegmentAttention
 
 
-class LinformerPoolAttention(ReducedAttention):
+class LinformerPoolAttention(SegmentAttention):
     """softmax(s Q (P K)') (P V), where P averages equal segments of tokens (Wang et al. 2020).
 
     Every prefix token is a segment of its own.
@@ -22,8 +22,6 @@ class LinformerPoolAttention(ReducedAttention):
     Raises:
         ValueError: `num_landmarks` is neither a positive integer nor such numbers by block.
     """
-
-    stand_ins = "segments"
 
     def __init__(self, *, num_landmarks: Counts = 64) -> None:
         super().__init__(num_landmarks=num_landmarks)
@@ -39,10 +37,7 @@ class LinformerPoolAttention(ReducedAttention):
         bias: Tensor | None,
     ) -> Tensor:
         """Attend to the means of segments."""
-        self.check_tokens(q.shape[2])
-        num = self.landmarks_at(context.layer, context.nth)
-        prefix = context.num_prefix_tokens
-        weights = ops.segment_weights(q.shape[2], num, prefix=prefix, keys=keys, like=q)
+        weights = self.segments(q, keys, context)
         pool = weights[:, None]
         mask = None if bias is None else bias @ pool.mT
         if keys is not None:

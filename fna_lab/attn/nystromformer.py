@@ -7,12 +7,12 @@ from torch import Tensor
 from fna_lab import ops
 from fna_lab.attn.base import Context
 from fna_lab.attn.layers import Counts
-from fna_lab.attn.reduced import ReducedAttention
+from fna_lab.attn.reduced import SegmentAttention
 from fna_lab.attn.solver.base import Solver, check_solver
 from fna_lab.attn.solver.newton_schulz import NewtonSchulzSolver
 
 
-class NystromformerAttention(ReducedAttention):
+class NystromformerAttention(SegmentAttention):
     """Nystroem attention whose landmark queries and keys are means of equal segments of tokens.
 
     Every prefix token is a segment of its own. The trained convolution of the original is left
@@ -25,8 +25,6 @@ class NystromformerAttention(ReducedAttention):
     Raises:
         ValueError: `num_landmarks` is neither a positive integer nor such numbers by block.
     """
-
-    stand_ins = "segments"
 
     def __init__(self, *, num_landmarks: Counts = 64, solver: Solver | None = None) -> None:
         super().__init__(num_landmarks=num_landmarks)
@@ -44,11 +42,7 @@ class NystromformerAttention(ReducedAttention):
         bias: Tensor | None,
     ) -> Tensor:
         """Attend through the means of segments."""
-        tokens = q.shape[2]
-        self.check_tokens(tokens)
-        num = self.landmarks_at(context.layer, context.nth)
-        prefix = context.num_prefix_tokens
-        weights = ops.segment_weights(tokens, num, prefix=prefix, keys=keys, like=q)
+        weights = self.segments(q, keys, context)
         pool = weights[:, None]  # [b|1 1 m n]
         rows = columns = corner = dead = None
         if bias is not None:

@@ -46,6 +46,34 @@ class ReducedAttention(BlockCounts, KeyMaskedAttention):
             )
 
 
+class SegmentAttention(ReducedAttention):
+    """Attention through means of equal segments of the tokens, every prefix token its own.
+
+    Args:
+        num_landmarks: segments, prefix tokens included; one number, or one a block.
+
+    Raises:
+        ValueError: `num_landmarks` is neither a positive integer nor such numbers by block.
+    """
+
+    stand_ins = "segments"
+
+    def segments(self, q: Tensor, keys: Tensor | None, context: Context) -> Tensor:
+        """Rows that average the kept tokens of each segment of a block: `[1|b m n]`.
+
+        Raises:
+            ValueError: too many segments for the tokens, or too few for the prefix tokens.
+        """
+        self.check_tokens(q.shape[2])
+        num, prefix = self.landmarks_at(context.layer, context.nth), context.num_prefix_tokens
+        if num <= prefix:
+            raise ValueError(
+                f"attn.num_landmarks={num}: expected at least {prefix + 1} segments, one for each "
+                f"of {prefix} prefix tokens and one for the patch tokens."
+            )
+        return ops.segment_weights(q.shape[2], num, prefix=prefix, keys=keys, like=q)
+
+
 class LandmarkAttention(ReducedAttention):
     """Attention through a few landmark tokens; the part that its variants share.
 

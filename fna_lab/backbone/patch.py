@@ -318,6 +318,7 @@ class Patch:
         again: Again | None = None,
     ) -> Tensor:
         x = self._input if again is None else again.x
+        stays = again.stays if again else not any(layer in s.redone for s in self.searches)
         assert x is not None
         if is_causal:
             raise NotImplementedError(
@@ -330,11 +331,9 @@ class Patch:
             for search in self.searches:
                 if layer == search.detect and not search.probes and not search.reads_hidden:
                     self._finder.look(search, self._pass, x, (q, k, attn_mask, scale))
-        variant = self._exact
-        nth = self._pass.nth
+        variant, nth = self._exact, self._pass.nth
         if layer in self.attn_layers:
-            variant = self.attn
-            self._pass.nth += 1
+            variant, self._pass.nth = self.attn, nth + 1
         prefix = self._prefix(x, layer)
         context = Context(
             layer=layer,
@@ -352,13 +351,14 @@ class Patch:
             shared=self._pass.shared,
             stopwatch=self.stopwatch if again is None else None,
             classes={c: self._class(c) for c in variant.token_classes},
+            stays=stays,
         )
         if again is None and layer in self.mask_layers and self._adjuster.works:
             found = self._known("mask").tokens if self.mask.looks else None
             self._adjuster.before(context, q, k, v, found)
-        if self.observer is not None and again is None:
+        if self.observer is not None and stays:
             self.observer(q, k, v, context)
-        if self.meter is not None and again is None and variant is self.attn:
+        if self.meter is not None and stays and variant is self.attn:
             return self.meter(variant, q, k, v, context)
         if context.stopwatch is None:
             return variant(q, k, v, context)

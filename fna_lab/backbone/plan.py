@@ -102,6 +102,7 @@ def plan_searches(
                 pattern=mask.pattern or "type1",
                 stage=mask.stage,
                 early=mask.rewrites,
+                redone=range(again, seen) if mask_layers[0] < seen else range(0),
             )
         )
     if attn.token_classes:

@@ -31,6 +31,7 @@ class Search:
         pattern: pairs that are taken away while blocks run again.
         stage: before or after softmax.
         early: whether the set must be known before the detection block runs.
+        redone: blocks before it that run once more, masked, when the set is known.
         prepared: what the detector's `prepare` returned.
         neurons: reads the neurons that the detector lists.
     """
@@ -44,6 +45,7 @@ class Search:
     pattern: str = "type1"
     stage: str = "mask"
     early: bool = False
+    redone: range = range(0)
     prepared: Any = None
     neurons: NeuronTap | None = None
 
@@ -159,11 +161,13 @@ class Again:
         x: its input `[b n c]`.
         removal: what is taken out of its attention.
         probe: stop at its attention, and tell queries and keys.
+        stays: whether the pass goes on with its output.
     """
 
     x: Tensor
     removal: Removal | None = None
     probe: bool = False
+    stays: bool = False
 
 
 class Finder:
@@ -301,7 +305,7 @@ class Finder:
         state.shared = {key: _of(value, only) for key, value in shared.items()}
         x = _of(x, only)
         for layer in range(search.restart, search.detect):
-            x = self._run(layer, state, Again(x, removals.get(layer)), only)
+            x = self._run(layer, state, Again(x, removals.get(layer), stays=stay), only)
         if not stay:
             state.nth, state.shared = here
         return x
