@@ -119,6 +119,16 @@ def test_forbidden_tokens_are_out(name):
 
 
 @every_sampler
+@pytest.mark.parametrize("given", [0, 1])
+def test_prefix_tokens_are_taken_before_any_token_twice(name, given):
+    allowed = torch.arange(45).expand(3, -1) < torch.tensor([[12], [17], [45]])
+    guaranteed = torch.zeros(3, given, dtype=torch.long)
+    picks = choose(name, tokens(5), 12, prefix=5, guaranteed=guaranteed, allowed=allowed)
+    assert allowed.gather(1, picks).all()
+    assert all(len(set(row)) == 12 for row in picks.tolist())
+
+
+@every_sampler
 def test_a_picture_does_not_see_its_batch_mates(name):
     points = tokens(1)
     together = choose(name, points, 12)

@@ -140,7 +140,7 @@ def test_tokens_that_see_themselves_count_once(sunk, dtype):
     members = ops.nearest_landmarks(k.mean(1), marks, allowed=None if sunk else ~gone)
     out = ops.clustered_attention(
         q, k, v, marks, members, RidgeSolver(ridge=1e12), keys=None if sunk else ~gone,
-        own=taken, sunk=taken if sunk else None,
+        removed=taken, own=True, sunk=sunk,
     )  # fmt: skip
     assert out.dtype == dtype
     means, sizes = ops.cluster_means(k.double(), members, 3)

@@ -121,9 +121,8 @@ class FastNystromAttention(LandmarkAttention):
             more["rows"] = self._fitted(landmarks, keys, q.shape[2])
             removal = context.removal
             if removal is not None and self.removes(removal, v, bias):
-                rows = removal.rows, removal.valid
-                more["own"] = rows if removal.pattern == "type2" else None
-                more["sunk"] = rows if removal.stage == "sink" else None
+                more["removed"] = removal.rows, removal.valid
+                more["own"], more["sunk"] = removal.pattern == "type2", removal.stage == "sink"
         if self.guard is None:
             return attention(q, k, v, landmarks, **more)
         layer = context.layer if context.stays else None

@@ -151,8 +151,9 @@ def clustered_attention(
     bias: Tensor | None = None,
     distinct: bool | None = None,
     exact_rows: int = 0,
-    own: tuple[Tensor, Tensor] | None = None,
-    sunk: tuple[Tensor, Tensor] | None = None,
+    removed: tuple[Tensor, Tensor] | None = None,
+    own: bool = False,
+    sunk: bool = False,
     runs: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention to clusters of tokens, with values that fit exact rows of attention.
@@ -181,10 +182,10 @@ def clustered_attention(
             that of its landmark.
         distinct: whether no landmark repeats; None = none does without `keys`, and may with them.
         exact_rows: give so many of the first of `rows` their exact outputs.
-        own: tokens that see themselves beside `keys` (`type2`), as `token_rows` gives them: long
-            `[b t]`, and bool `[b t]`, False = padding.
-        sunk: tokens whose values count as zero (stage `sink`), in the same form; `v` holds what
-            they were. With `own` each of those sees its own value alone among them.
+        removed: tokens T of a mask, as `token_rows` gives them: long `[b t]`, and bool `[b t]`,
+            False = padding; `keys` and clusters leave them out, unless they are `sunk`.
+        own: whether each token of T sees itself nevertheless (`type2`).
+        sunk: whether the values of T count as zero (stage `sink`); `v` holds what they were.
         runs: what `cluster_runs` makes of `members` `[b n]`, where that is known.
 
     Returns:
@@ -192,7 +193,7 @@ def clustered_attention(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: shapes do not fit, or there are a bias and tokens in `own` or `sunk`.
+        ValueError: shapes do not fit, or there are both a bias and `removed` tokens.
 
     Source: the chain of Xiong et al. 2021 (Nystroemformer); sizes in the logits as in the
     proportional attention of Bolya et al. 2023 (ToMe).
@@ -210,8 +211,8 @@ def clustered_attention(
     if rows is not None:
         check_landmarks(rows, q)
         tokens = rows
-    if bias is not None and (own is not None or sunk is not None):
-        raise ValueError("Expected no bias with own or sunk.")
+    if bias is not None and removed is not None:
+        raise ValueError("Expected no bias with removed tokens.")
     means, sizes = cluster_means(k, members, landmarks.shape[-1], runs=runs)
     sizes = each_head(sizes)
     distinct = keys is None if distinct is None else distinct
@@ -231,10 +232,9 @@ def clustered_attention(
         seen = only_keys(keys, seen)
     scale = default_scale(q) if scale is None else scale
     prior = gather_tokens(v, landmarks)
-    few = None
-    if sunk is not None:
-        few = _WithoutSunk(k, v, sunk)
-        prior = prior.masked_fill(few.holds(landmarks)[..., None], 0)
+    apart = _Apart(k, v, removed) if removed is not None and (own or sunk) else None
+    if apart and sunk:
+        prior = prior.masked_fill(apart.holds(landmarks)[..., None], 0)
     out, exact, values = nystrom_chain(
         q,
         k,
@@ -249,69 +249,32 @@ def clustered_attention(
         dead=dead,
         gone=gone,
         prior=prior,
-        gather=few,
+        gather=apart.sunk if apart and sunk else None,
     )
     if exact_rows:
         out = put_tokens(out, tokens[..., :exact_rows], exact[:, :, :exact_rows])
-    if own is None:
-        return out
-    rows, valid = own
     # Under `torch.compile` the number of rows is not known.
-    if not torch.compiler.is_compiling() and rows.shape[1] == 0:
+    if not (apart and own) or not torch.compiler.is_compiling() and apart.rows.shape[1] == 0:
         return out
-    weights = sizes[:, :, None].expand(-1, -1, rows.shape[1], -1)
-    if sunk is not None:  # they are in a cluster, and must not count twice
-        home = each_head(members).gather(2, rows[:, None].expand(-1, sizes.shape[1], -1))
+    weights = sizes[:, :, None].expand(-1, -1, apart.rows.shape[1], -1)
+    if sunk:  # they are in a cluster, and must not count twice
+        home = each_head(members).gather(2, apart.rows[:, None].expand(-1, sizes.shape[1], -1))
         place = torch.arange(sizes.shape[2], device=q.device)
         weights = weights - (home[..., None] == place).to(weights.dtype)
-    own_keys, own_values = gather_tokens(k, rows), gather_tokens(v, rows)
-    seen = _and_themselves(
-        gather_tokens(q, rows), means, values, own_keys, own_values, weights, scale
-    )
-    now = gather_tokens(out, rows)
-    return put_tokens(out, rows, torch.where(valid[:, None, :, None], seen.to(out.dtype), now))
+    return apart.seeing_themselves(out, q, means, values, weights, scale)
 
 
-def _and_themselves(
-    q: Tensor,
-    means: Tensor,
-    values: Tensor,
-    own_keys: Tensor,
-    own_values: Tensor,
-    weights: Tensor,
-    scale: float,
-) -> Tensor:
-    """Attention of a few tokens to clusters and to themselves: `[b h t d]`.
-
-    Args:
-        q: their queries `[b h t d]`.
-        means: keys of the clusters `[b h m d]`.
-        values: values of the clusters `[b h m d]`.
-        own_keys: their own keys `[b h t d]`.
-        own_values: their own values `[b h t d]`.
-        weights: how many keys each cluster stands for, `[b 1|h t m]`.
-        scale: factor of the logits.
-    """
-    themselves = torch.eye(q.shape[2], dtype=weights.dtype, device=q.device)
-    weights = torch.cat([weights, themselves.expand(*weights.shape[:2], -1, -1)], dim=3)
-    keys, values = torch.cat([means, own_keys], dim=2), torch.cat([values, own_values], dim=2)
-    bias = weights.log().to(q.dtype)
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale)
-
-
-class _WithoutSunk:
-    """Exact rows of attention in which the values of some tokens T count as zero.
-
-    What T hands out is taken off again, which needs no copy of the values.
+class _Apart:
+    """Tokens T that a mask takes away, and what it leaves of them.
 
     Args:
         k: keys `[b h n d]`.
         v: values `[b h n d]`.
-        sunk: T as `token_rows` gives it.
+        removed: T as `token_rows` gives it.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, sunk: tuple[Tensor, Tensor]) -> None:
-        self.rows, self.valid = sunk
+    def __init__(self, k: Tensor, v: Tensor, removed: tuple[Tensor, Tensor]) -> None:
+        self.rows, self.valid = removed
         self.keys, self.values = gather_tokens(k, self.rows), gather_tokens(v, self.rows)
 
     def holds(self, landmarks: Tensor) -> Tensor:
@@ -319,10 +282,40 @@ class _WithoutSunk:
         same = each_head(landmarks)[..., None] == self.rows[:, None, None]
         return (same & self.valid[:, None, None]).any(-1)
 
-    def __call__(
+    def seeing_themselves(
+        self, out: Tensor, q: Tensor, means: Tensor, values: Tensor, weights: Tensor, scale: float
+    ) -> Tensor:
+        """`out` with T attending to clusters and to themselves: `[b h n d]`.
+
+        Args:
+            out: outputs of all tokens `[b h n d]`.
+            q: queries `[b h n d]`.
+            means: keys of the clusters `[b h m d]`.
+            values: values of the clusters `[b h m d]`.
+            weights: how many keys each cluster stands for, `[b 1|h t m]`.
+            scale: factor of the logits.
+        """
+        themselves = torch.eye(self.rows.shape[1], dtype=weights.dtype, device=q.device)
+        weights = torch.cat([weights, themselves.expand(*weights.shape[:2], -1, -1)], dim=3)
+        few = gather_tokens(q, self.rows)
+        found = F.scaled_dot_product_attention(
+            few,
+            torch.cat([means, self.keys], dim=2),
+            torch.cat([values, self.values], dim=2),
+            attn_mask=weights.log().to(q.dtype),
+            scale=scale,
+        )
+        now = gather_tokens(out, self.rows)
+        found = torch.where(self.valid[:, None, :, None], found.to(out.dtype), now)
+        return put_tokens(out, self.rows, found)
+
+    def sunk(
         self, q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, scale: float
     ) -> Tensor:
-        """Called as `scaled_dot_product_attention` is."""
+        """Attention in which the values of T count as zero; called as SDPA is.
+
+        What T hands out is taken off again, which needs no copy of the values.
+        """
         out, lse = attention_with_lse(q, k, v, scale=scale, mask=attn_mask)
         wide = torch.promote_types(q.dtype, torch.float32)
         if lse is None:  # the kernel does not say

@@ -23,9 +23,10 @@ class SegmentLandmarks(LandmarkSampler):
         grid: tuple[int, int] | None,  # noqa: ARG002 (the order of the tokens is enough)
     ) -> Tensor:
         """Guaranteed tokens, then centres of segments: `[b n c]` -> long `[b m]`."""
-        batch, size, _ = points.shape
-        free = points.new_ones((batch, size), dtype=torch.bool) if allowed is None else allowed
+        free = points.new_ones(points.shape[:2], dtype=torch.bool) if allowed is None else allowed
         free = free.scatter(1, guaranteed, False)
-        free[:, :num_prefix_tokens] &= size - num_prefix_tokens < num  # patches, while there are
-        centres = ops.segment_centres(free, num - guaranteed.shape[1])
+        wanted = num - guaranteed.shape[1]
+        patches = free[:, num_prefix_tokens:].sum(1, keepdim=True)
+        free[:, :num_prefix_tokens] &= patches < wanted  # patches, while there are enough
+        centres = ops.segment_centres(free, wanted)
         return torch.cat([guaranteed, centres], dim=1)
