@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,7 @@ def call(prefix=1, has_cls=True, **more):
 
 KEEP = (torch.arange(25) % 5 != 3).expand(2, 1, 1, -1)
 BIAS = torch.randn(1, 3, 25, 25, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+GAP = (torch.tensor([True] * 4 + [False] * 3 + [True] * 18)).expand(2, 1, 1, -1)  # a segment
 every_mask = pytest.mark.parametrize("mask", [None, KEEP, BIAS], ids=["none", "padding", "bias"])
 
 
@@ -267,6 +270,43 @@ def test_merged_attention_equals_its_definition(mask, ratio):
                 logits = logits + torch.tensor(between, dtype=q.dtype)
             expected = (logits.softmax(-1) @ value)[group[b]]
             torch.testing.assert_close(out[b, h], expected)
+
+
+def segment_means(keep):
+    """One row of averages for CLS, four segments of three tokens, three of four: `[b 1 8 n]`."""
+    cuts = [0, 1, 4, 7, 10, 13, 17, 21, 25]
+    rows = torch.zeros(2, 1, 8, 25, dtype=torch.float64)
+    for row, (start, stop) in enumerate(itertools.pairwise(cuts)):
+        rows[:, :, row, start:stop] = 1
+    rows = rows * keep
+    return rows / rows.sum(-1, keepdim=True).clamp(min=1)
+
+
+@pytest.mark.parametrize("mask", [None, KEEP, BIAS, GAP], ids=["none", "padding", "bias", "gap"])
+@pytest.mark.parametrize("linformer", [False, True])
+def test_attention_to_segments_equals_its_definition(mask, linformer):
+    q, k, v, context = call(attn_mask=mask)
+    padded = mask is not None and mask.dtype == torch.bool
+    keep = mask.double() if padded else torch.ones(2, 1, 1, 25, dtype=torch.float64)
+    pool = segment_means(keep)
+    bias = torch.zeros(1, dtype=torch.float64) if mask is None or padded else mask
+    alive = pool.any(-1)[:, :, None]  # a segment of padding alone has no key
+    columns = context.scale * q @ (pool @ k).mT + (bias @ pool.mT if bias.ndim > 1 else 0)
+    columns = columns.masked_fill(~alive, -torch.inf).softmax(-1)
+    if linformer:
+        found = LinformerPoolAttention(num_landmarks=8)(q, k, v, context)
+        torch.testing.assert_close(found, columns @ pool @ v)
+        return
+    found = NystromformerAttention(num_landmarks=8, solver=PinvSolver())(q, k, v, context)
+    rows = context.scale * pool @ q @ k.mT + (pool @ bias if bias.ndim > 1 else 0)
+    middle = rows.masked_fill(keep == 0, -torch.inf).softmax(-1) @ v
+    corner = context.scale * pool @ q @ (pool @ k).mT
+    corner = corner + (pool @ bias @ pool.mT if bias.ndim > 1 else 0)
+    for b in range(2):
+        there = alive[b, 0, 0]
+        some = corner[b][:, there][..., there].softmax(-1)
+        wanted = columns[b][..., there] @ torch.linalg.pinv(some) @ middle[b][:, there]
+        torch.testing.assert_close(found[b], wanted, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("variant", [NystromformerAttention, LinformerPoolAttention])

@@ -37,14 +37,17 @@ class LinformerPoolAttention(SegmentAttention):
         bias: Tensor | None,
     ) -> Tensor:
         """Attend to the means of segments."""
-        weights = self.segments(q, keys, context)
-        pool = weights[:, None]
-        mask = None if bias is None else bias @ pool.mT
+        members, num = self.segments(q, keys, context)
+        runs = ops.cluster_runs(members, num)
+        k_means, sizes = ops.cluster_means(k, members, num, runs=runs)
+        v_means, _ = ops.cluster_means(v, members, num, runs=runs)
+        mask = None
+        if bias is not None:
+            mask = bias @ ops.averaging_weights(members, num, bias.dtype)[:, None].mT
         if keys is not None:
-            alive = weights.any(-1)[:, None, None]
-            mask = alive if mask is None else mask.masked_fill(~alive, float("-inf"))
+            mask = ops.only_keys(sizes > 0, mask)
         return F.scaled_dot_product_attention(
-            q, pool @ k, pool @ v, attn_mask=mask, scale=context.scale
+            q, k_means, v_means, attn_mask=mask, scale=context.scale
         )
 
     def flops(self, tokens: int, *, heads: int, head_dim: int, channels: int, layers: int) -> int:

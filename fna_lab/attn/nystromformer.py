@@ -42,24 +42,24 @@ class NystromformerAttention(SegmentAttention):
         bias: Tensor | None,
     ) -> Tensor:
         """Attend through the means of segments."""
-        weights = self.segments(q, keys, context)
-        pool = weights[:, None]  # [b|1 1 m n]
+        members, num = self.segments(q, keys, context)
+        runs = ops.cluster_runs(members, num)
+        q_means, _ = ops.cluster_means(q, members, num, runs=runs)
+        k_means, sizes = ops.cluster_means(k, members, num, runs=runs)
         rows = columns = corner = dead = None
         if bias is not None:
+            pool = ops.averaging_weights(members, num, bias.dtype)[:, None]  # [b 1 m n]
             rows, columns = pool @ bias, bias @ pool.mT
             corner = rows @ pool.mT
         if keys is not None:
-            keep = keys[:, None, None]
-            rows = keep if rows is None else rows.masked_fill(~keep, float("-inf"))
-            dead = ~weights.any(-1)  # [b m]
-            alive = ~dead[:, None, None]
-            columns = alive if columns is None else columns.masked_fill(~alive, float("-inf"))
+            dead = sizes == 0  # [b m]
+            rows, columns = ops.only_keys(keys, rows), ops.only_keys(~dead, columns)
         out, *_ = ops.nystrom_chain(
             q,
             k,
             v,
-            pool @ q,
-            pool @ k,
+            q_means,
+            k_means,
             self.solver,
             scale=context.scale,
             rows=rows,

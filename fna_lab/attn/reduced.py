@@ -58,8 +58,8 @@ class SegmentAttention(ReducedAttention):
 
     stand_ins = "segments"
 
-    def segments(self, q: Tensor, keys: Tensor | None, context: Context) -> Tensor:
-        """Rows that average the kept tokens of each segment of a block: `[1|b m n]`.
+    def segments(self, q: Tensor, keys: Tensor | None, context: Context) -> tuple[Tensor, int]:
+        """The segment of each token of a block, long `[b n]`, -1 = no key; and how many there are.
 
         Raises:
             ValueError: too many segments for the tokens, or too few for the prefix tokens.
@@ -71,7 +71,9 @@ class SegmentAttention(ReducedAttention):
                 f"attn.num_landmarks={num}: expected at least {prefix + 1} segments, one for each "
                 f"of {prefix} prefix tokens and one for the patch tokens."
             )
-        return ops.segment_weights(q.shape[2], num, prefix=prefix, keys=keys, like=q)
+        found = ops.segment_members(q.shape[2], num, prefix=prefix, device=q.device)
+        found = found.expand(q.shape[0], -1)
+        return (found if keys is None else found.masked_fill(~keys, -1)), num
 
 
 class LandmarkAttention(ReducedAttention):

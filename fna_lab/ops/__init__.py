@@ -104,7 +104,7 @@ from fna_lab.ops.register_neurons import (
     top_register_neurons,
 )
 from fna_lab.ops.retrieval import knn_probabilities, recall_at_k
-from fna_lab.ops.segments import segment_weights
+from fna_lab.ops.segments import averaging_weights, segment_members
 from fna_lab.ops.sinks import (
     INCOMING_RULES,
     attention_rows,
@@ -147,6 +147,7 @@ __all__ = [
     "attention_pattern",
     "attention_rows",
     "average_ranks",
+    "averaging_weights",
     "bipartite_matching",
     "block_low_rank",
     "bootstrap_mean",
@@ -225,7 +226,7 @@ __all__ = [
     "restore_own_rows",
     "ridge_solve",
     "segment_centres",
-    "segment_weights",
+    "segment_members",
     "set_agreement",
     "set_counts",
     "sink_rate",

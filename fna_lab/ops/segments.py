@@ -1,4 +1,4 @@
-"""Means over segments of tokens."""
+"""Equal segments of tokens."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 
-def segment_weights(
-    tokens: int, num: int, *, prefix: int = 0, keys: Tensor | None = None, like: Tensor
+def segment_members(
+    tokens: int, num: int, *, prefix: int = 0, device: torch.device | None = None
 ) -> Tensor:
-    """Rows that average segments of tokens: every prefix token its own, equal ones of the rest.
+    """The segment of each token: every prefix token its own, equal ones of the rest.
 
     Of the N patch tokens, with m segments and L = N // m, the first (L + 1) m - N segments hold
     L tokens, the others L + 1.
@@ -18,11 +18,10 @@ def segment_weights(
         tokens: number of tokens n.
         num: number of segments, prefix tokens included.
         prefix: tokens that are segments of their own.
-        keys: bool `[b n]`, False = in no mean; None = all are.
-        like: gives the device and dtype.
+        device: of the result.
 
     Returns:
-        `[1 num n]`, or `[b num n]` with `keys`; a segment without a kept token is a row of zeros.
+        Long `[n]`, 0 to num - 1, ascending; see `cluster_means` for means over them.
 
     Raises:
         ValueError: there are not as many tokens as segments, or only prefix tokens would fit.
@@ -37,11 +36,23 @@ def segment_weights(
         )
     length = patches // parts
     short = ((length + 1) * parts - patches) * length  # tokens in the short segments
-    place = torch.arange(patches, device=like.device)
+    place = torch.arange(patches, device=device)
     long = (place - short).div(length + 1, rounding_mode="floor") + short // length
     segment = torch.where(place < short, place.div(length, rounding_mode="floor"), long)
-    segment = torch.cat([torch.arange(prefix, device=like.device), segment + prefix])
-    weights = (segment == torch.arange(num, device=like.device)[:, None]).to(like.dtype)[None]
-    if keys is not None:
-        weights = weights * keys[:, None].to(like.dtype)
-    return weights / weights.sum(-1, keepdim=True).clamp(min=1)
+    return torch.cat([torch.arange(prefix, device=device), segment + prefix])
+
+
+def averaging_weights(members: Tensor, num: int, dtype: torch.dtype) -> Tensor:
+    """Rows that average over clusters, for what no `cluster_means` takes.
+
+    Args:
+        members: the cluster of each token, long `[b n]`, 0 to num - 1; -1 = none.
+        num: number of clusters m.
+        dtype: of the weights.
+
+    Returns:
+        `[b m n]`; a cluster without a token is a row of zeros.
+    """
+    held = members[:, None] == torch.arange(num, device=members.device)[:, None]
+    held = held.to(dtype)
+    return held / held.sum(-1, keepdim=True).clamp(min=1)
