@@ -247,6 +247,24 @@ def test_merging_twins_is_exact_attention(padded):
     torch.testing.assert_close(out.transpose(1, 2)[real], exact.transpose(1, 2)[real])
 
 
+@pytest.mark.parametrize("at_a_time", [1, 30, 2**22])
+@pytest.mark.parametrize("told", [False, True])
+def test_the_most_similar_of_some_tokens(told, at_a_time, monkeypatch):
+    monkeypatch.setattr("fna_lab.ops.merging.AT_A_TIME", at_a_time)
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(2, n, 6, generator=generator, dtype=torch.float64) for n in (11, 8))
+    kinds = [torch.rand(2, n, generator=generator) < 0.5 for n in (11, 8)]
+    kinds[1][1] = True  # no answer of the other kind
+    cosine, which = ops.most_similar(x, y, *(kinds if told else ()))
+    for b, i in itertools.product(range(2), range(11)):
+        allowed = kinds[1][b] == kinds[0][b, i]
+        allowed = allowed if told and allowed.any() else torch.ones(8, dtype=torch.bool)
+        every = torch.cosine_similarity(x[b, i], y[b], dim=-1)
+        assert which[b, i] == every.masked_fill(~allowed, -torch.inf).argmax()
+        lower = 3 * (told and bool(kinds[0][b, i] != kinds[1][b, which[b, i]]))
+        assert cosine[b, i].item() == pytest.approx(every[which[b, i]].item() - lower)
+
+
 @every_mask
 @pytest.mark.parametrize("ratio", [0.2, 0.5])
 def test_merged_attention_equals_its_definition(mask, ratio):

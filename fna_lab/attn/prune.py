@@ -71,22 +71,19 @@ class PruneAttention(KeyMaskedAttention):
         if bias is not None:
             mask = ops.gather_tokens(bias.expand(*q.shape[:3], size), kept)
             mask = ops.gather_tokens(mask.mT, kept).mT
-        alive = None if keys is None else keys.gather(1, kept)
-        if alive is not None:
-            mask = ops.only_keys(alive, mask)
+        if keys is not None:
+            mask = ops.only_keys(keys.gather(1, kept), mask)
         few = F.scaled_dot_product_attention(
             *(ops.gather_tokens(t, kept) for t in (q, k, v)), attn_mask=mask, scale=context.scale
         )
         index = kept[:, None, :, None].expand_as(few)
         if self.restore == "zero":
             return torch.zeros_like(v).scatter(2, index, few)
-        wide = torch.promote_types(k.dtype, torch.float32)
-        feature = F.normalize(k.to(wide).mean(1), dim=-1)
-        theirs = feature.gather(1, kept[..., None].expand(-1, -1, feature.shape[2]))
-        like = feature @ theirs[:, prefix:].mT
-        if alive is not None:  # a removed token gives its output to nobody, while there are others
-            like = like.masked_fill(~alive[:, None, prefix:], -2)
-        owner = like.argmax(2) + prefix
+        feature = k.to(torch.promote_types(k.dtype, torch.float32)).mean(1)
+        theirs = feature.gather(1, kept[:, prefix:, None].expand(-1, -1, feature.shape[2]))
+        # A removed token gives its output to nobody, while there are others.
+        kinds = () if keys is None else (torch.ones_like(keys), keys.gather(1, kept[:, prefix:]))
+        owner = ops.most_similar(feature, theirs, *kinds)[1] + prefix
         place = torch.arange(kept.shape[1], device=q.device).expand_as(kept)
         return ops.gather_tokens(few, owner.scatter(1, kept, place))
 

@@ -75,7 +75,7 @@ from fna_lab.ops.error import (
 )
 from fna_lab.ops.explicit import explicit_attention
 from fna_lab.ops.knapsack import cheapest_choice
-from fna_lab.ops.merging import bipartite_matching
+from fna_lab.ops.merging import bipartite_matching, most_similar
 from fna_lab.ops.ncut import Cut, align_axes, extend_cut, normalized_cut, rbf_bandwidth
 from fna_lab.ops.nystrom import (
     gather_tokens,
@@ -191,6 +191,7 @@ __all__ = [
     "matching_places",
     "mean_of_tokens",
     "medians",
+    "most_similar",
     "moved_tokens",
     "nearest_landmarks",
     "newton_schulz",

@@ -6,7 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fna_lab.ops.attention import full_precision
 from fna_lab.ops.checks import check_bool, check_float
+
+# Cosines that are held at once, for each picture.
+AT_A_TIME = 2**22
 
 
 def bipartite_matching(
@@ -41,16 +45,50 @@ def bipartite_matching(
     even, odd = place[prefix::2], place[prefix + 1 :: 2]
     if num == 0:
         return place.expand(batch, -1), tokens
-    unit = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
-    score = unit[:, even] @ unit[:, odd].mT  # [b n/2 n/2]
     if keys is not None:
         check_bool("keys", keys, (batch, tokens))
-        mine, theirs = keys[:, even, None], keys[:, None, odd]
-        score = score.masked_fill(mine != theirs, -2.0).masked_fill(~(mine | theirs), 2.0)
-    best, partner = score.max(2)
+    kinds = (None, None) if keys is None else (keys[:, even], keys[:, odd])
+    best, partner = most_similar(metric[:, even], metric[:, odd], *kinds)
+    if keys is not None:
+        both = ~keys[:, even] & ~keys[:, odd].gather(1, partner)
+        best = best.masked_fill(both, 2.0)
     chosen = best.argsort(dim=1, descending=True, stable=True)[:, :num]
     source, target = even[chosen], odd[partner.gather(1, chosen)]
     owner = place.expand(batch, -1).scatter(1, source, target)
     whole = torch.ones_like(owner, dtype=torch.bool).scatter(1, source, False)
     rank = whole.long().cumsum(1) - 1
     return rank.gather(1, owner), tokens - num
+
+
+def most_similar(
+    x: Tensor, y: Tensor, x_kind: Tensor | None = None, y_kind: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The most similar of some tokens to each of others, by the cosine of their features.
+
+    The n m cosines are never there at once, so that memory is linear in n.
+
+    Args:
+        x: features of those that ask `[b n c]`.
+        y: features of those that answer `[b m c]`.
+        x_kind: bool `[b n]`; with `y_kind` bool `[b m]` tokens of one kind go together while there
+            are any of it, and cosines of two kinds are 3 lower. None = all may.
+        y_kind: see `x_kind`.
+
+    Returns:
+        Cosines `[b n]` in at least float32, and which of `y` they are with, long `[b n]`.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    best, which = [], []
+    with full_precision(x):
+        x, y = F.normalize(x.to(wide), dim=-1), F.normalize(y.to(wide), dim=-1)
+        # By the number of answers alone: rounding must not depend on the batch.
+        step = max(1, AT_A_TIME // max(1, y.shape[1]))
+        for begin in range(0, x.shape[1], step):
+            part = slice(begin, begin + step)
+            score = x[:, part] @ y.mT
+            if x_kind is not None and y_kind is not None:
+                score = score - 3.0 * (x_kind[:, part, None] != y_kind[:, None])
+            found = score.max(2)
+            best.append(found.values)
+            which.append(found.indices)
+    return torch.cat(best, dim=1), torch.cat(which, dim=1)
