@@ -250,7 +250,7 @@ def test_a_singular_kernel_falls_back_to_exact_in_its_head_alone(solver: Any) ->
                 bad += 1
     assert bad >= 1
     heads, again, exactly = guarded.guard.counts[1].tolist()
-    assert heads == B * H and again == (0 if solver.formula == "ridge" else bad)
+    assert heads == B * H and again == (0 if isinstance(solver, RidgeSolver) else bad)
     assert 1 <= exactly <= bad
 
 
@@ -258,8 +258,6 @@ def test_ridge_is_taken_where_it_is_enough() -> None:
     """Constructed: a solver that answers with nonsense in one head."""
 
     class Wild(RidgeSolver):
-        formula = "pinv"
-
         def __call__(self, kernel: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
             found = super().__call__(kernel, values)
             found[2, 1] = torch.nan
@@ -271,6 +269,15 @@ def test_ridge_is_taken_where_it_is_enough() -> None:
     wanted = FastNystromAttention(num_landmarks=8)(q, k, v, context)
     torch.testing.assert_close(guarded(q, k, v, context), wanted, rtol=1e-10, atol=1e-10)
     assert guarded.guard.counts[1].tolist() == [B * H, 1, 0]
+
+
+def test_ridge_of_another_penalty_is_tried_before_exact_attention() -> None:
+    (q, k, v), context = tokens(4)
+    heavy = {"num_landmarks": 8, "solver": RidgeSolver(ridge=1e6), **PLAIN}
+    guarded = FastNystromAttention(**heavy, guard=0.9)
+    wanted = FastNystromAttention(num_landmarks=8, **PLAIN)(q / 4, k / 4, v, context)
+    torch.testing.assert_close(guarded(q / 4, k / 4, v, context), wanted, rtol=1e-9, atol=1e-9)
+    assert guarded.guard.counts[1].tolist() == [B * H, B * H, 0]
 
 
 def test_a_guard_that_sees_nothing_wrong_changes_nothing() -> None:

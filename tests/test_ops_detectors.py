@@ -107,7 +107,7 @@ def test_flops_grow_as_the_formulas_say():
 
 def test_break_even_is_where_the_curves_cross():
     def nystrom(n):
-        return ops.nystrom_flops(n, 6, 64, 64, solver="ridge")
+        return ops.nystrom_flops(n, 6, 64, 64, solve=ops.ridge_flops(64, 64, 64))
 
     def exact(n):
         return ops.attention_flops(n, 6, 64)

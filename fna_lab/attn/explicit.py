@@ -115,5 +115,5 @@ class ExplicitAttention(LandmarkAttention):
         if not marks:
             return both
         thin = 2 * ops.subset_flops(tokens, heads, head_dim, marks)
-        solver = self.solver.formula
-        return both + ops.nystrom_flops(tokens, heads, head_dim, marks, solver=solver) - thin
+        solve = self.solver.flops(marks, marks, head_dim)
+        return both + ops.nystrom_flops(tokens, heads, head_dim, marks, solve=solve) - thin

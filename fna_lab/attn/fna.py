@@ -145,9 +145,12 @@ class FastNystromAttention(LandmarkAttention):
         points = source_points(self.source, q, k, context, per_head=self.per_head)
         if self.sketch is None or self.sketch >= points.shape[2]:
             return points
+        return ops.sketch_points(points, self.sketch, groups=self._groups(points.shape[2]))
+
+    def _groups(self, channels: int) -> int:
+        """In how many groups of so many channels they are projected."""
         # Keys and queries differ in all heads: two projections of half of them are as good.
-        groups = math.gcd(2, points.shape[2], self.sketch) if self.source in HEAD_SOURCES else 1
-        return ops.sketch_points(points, self.sketch, groups=groups)
+        return math.gcd(2, channels, self.sketch or 1) if self.source in HEAD_SOURCES else 1
 
     def _clusters(
         self,
@@ -225,17 +228,22 @@ class FastNystromAttention(LandmarkAttention):
 
     def layer_flops(self, tokens: int, heads: int, head_dim: int) -> int:
         """FLOPs of the attention of one picture at one layer, without selection."""
-        solver = self.solver.formula
+        marks = self.num_landmarks
         if not self.clusters:
-            return ops.nystrom_flops(tokens, heads, head_dim, self.num_landmarks, solver=solver)
-        return ops.clustered_flops(
-            tokens,
-            heads,
-            head_dim,
-            self.num_landmarks,
-            rows=self._rows_of(self.num_landmarks),
-            sketch=self.sketch,
-        )
+            solve = self.solver.flops(marks, marks, head_dim)
+            return ops.nystrom_flops(tokens, heads, head_dim, marks, solve=solve)
+        rows = self._rows_of(marks)
+        solve = self.solver.flops(rows, marks, head_dim)
+        return ops.clustered_flops(tokens, heads, head_dim, marks, rows=rows, solve=solve)
+
+    def selection_flops(self, tokens: int, channels: int, num: int) -> int:
+        """FLOPs of new landmarks and their clusters, for one picture or one head of it."""
+        flops, dims, wide = super().selection_flops(tokens, channels, num), 0, 0
+        if self.clusters or self.landmarks.reads == "source":
+            dims, wide = self.width(channels), super().width(channels)
+        if dims < wide:
+            flops += ops.sketch_flops(tokens, wide, dims, self._groups(wide))
+        return flops + (2 * tokens * num * dims if self.clusters else 0)
 
 
 def _read_rows(rows: object, *, clusters: bool, square: bool) -> float | None:

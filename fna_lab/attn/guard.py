@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab import ops
+from fna_lab.attn.solver.ridge import RidgeSolver
 
-# Penalty of the second try, that of the ridge solver's default.
-RIDGE = 1e-3
+Solve = Callable[[Tensor, Tensor], Tensor]
 
-Solver = Callable[[Tensor, Tensor], Tensor]
+# The second try.
+AGAIN = RidgeSolver()
 
 
 class Guard:
@@ -55,7 +56,7 @@ class Guard:
         *,
         layer: int | None,
         scale: float,
-        solver: Solver,
+        solver: Solve,
         keys: Tensor | None = None,
         bias: Tensor | None = None,
         distinct: bool | None = None,
@@ -84,7 +85,7 @@ class Guard:
         """
         batch, heads = q.shape[:2]
 
-        def attempt(parts: _Heads, solve: Solver) -> tuple[Tensor, Tensor]:
+        def attempt(parts: _Heads, solve: Solve) -> tuple[Tensor, Tensor]:
             noted: list[Tensor] = []
 
             def watched(kernel: Tensor, values: Tensor) -> Tensor:
@@ -118,13 +119,11 @@ class Guard:
         counts = torch.tensor([batch * heads, 0, 0])
         if bad.any():
             doubted = everything.only(bad)
-            if getattr(solver, "formula", "") == "ridge":  # the same again would say the same
-                exactly = bad
+            if type(solver) is RidgeSolver and solver.ridge == AGAIN.ridge:
+                exactly = bad  # it would say the same again
             else:
                 counts[1] = int(bad.sum())
-                again, residual = attempt(
-                    doubted, lambda kernel, values: ops.ridge_solve(kernel, values, RIDGE)
-                )
+                again, residual = attempt(doubted, AGAIN)
                 out = out.masked_scatter(bad[:, :, None, None], again)
                 exactly = bad.masked_scatter(bad, residual[:, 0] > self.threshold)
             if exactly.any():

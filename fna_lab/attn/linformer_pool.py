@@ -54,4 +54,4 @@ class LinformerPoolAttention(SegmentAttention):
         """FLOPs of the attention of one picture over so many layers, the means included."""
         several = self.counts(layers)
         attention = sum(ops.subset_flops(tokens, heads, head_dim, num) for num in several)
-        return attention + layers * 4 * tokens * channels
+        return attention + layers * 2 * ops.mean_flops(tokens, channels)

@@ -71,8 +71,10 @@ class NystromformerAttention(SegmentAttention):
 
     def flops(self, tokens: int, *, heads: int, head_dim: int, channels: int, layers: int) -> int:
         """FLOPs of the attention of one picture over so many layers, the means included."""
+        several = self.counts(layers)
+        solves = [self.solver.flops(num, num, head_dim) for num in several]
         chains = sum(
-            ops.nystrom_flops(tokens, heads, head_dim, num, solver=self.solver.formula)
-            for num in self.counts(layers)
+            ops.nystrom_flops(tokens, heads, head_dim, num, solve=solve)
+            for num, solve in zip(several, solves, strict=True)
         )
-        return chains + layers * 4 * tokens * channels
+        return chains + layers * 2 * ops.mean_flops(tokens, channels)

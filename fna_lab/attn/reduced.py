@@ -150,15 +150,18 @@ class LandmarkAttention(ReducedAttention):
         Which layers these are is not known: with `settled`, landmarks count as new in all of them.
         """
         times = heads if self.per_head else 1
-        width = channels // times if self.landmarks.reads == "attention" else None
-        width = self.width(channels // times) if width is None else width
         total = taken = 0
         for nth, num in enumerate(self.counts(layers)):
             total += self.with_landmarks(num).layer_flops(tokens, heads, head_dim)
             if num != taken or self.renewal.due(nth, 0, None, 0):
-                total += times * self.landmarks.flops(tokens, width, num)
+                total += times * self.selection_flops(tokens, channels // times, num)
             taken = num
         return total
+
+    def selection_flops(self, tokens: int, channels: int, num: int) -> int:
+        """FLOPs of new landmarks, for one picture or, with its channels, for one head of it."""
+        width = channels if self.landmarks.reads == "attention" else self.width(channels)
+        return self.landmarks.flops(tokens, width, num)
 
     @property
     def may_repeat(self) -> bool:

@@ -22,58 +22,64 @@ def subset_flops(tokens: int, heads: int, head_dim: int, landmarks: int) -> int:
     return 4 * heads * tokens * landmarks * head_dim
 
 
-def nystrom_flops(
-    tokens: int,
-    heads: int,
-    head_dim: int,
-    landmarks: int,
-    *,
-    solver: str = "newton_schulz",
-    iters: int = 6,
-) -> int:
-    """Nystroem attention of one picture: two thin attentions, the kernel and its solve."""
+def nystrom_flops(tokens: int, heads: int, head_dim: int, landmarks: int, *, solve: int) -> int:
+    """Nystroem attention of one picture: two thin attentions, the kernel and its solve.
+
+    `solve` is what the solver needs for a head: `newton_schulz_flops`, `ridge_flops`, `svd_flops`.
+    """
     thin = 2 * subset_flops(tokens, heads, head_dim, landmarks)
     kernel = 2 * heads * landmarks**2 * head_dim
-    cube = 2 * landmarks**3
-    solve = {
-        "newton_schulz": 4 * iters * cube + 2 * landmarks**2 * head_dim,
-        # A'A, Cholesky (m^3 / 3), A'B and two triangular solves.
-        "ridge": cube + landmarks**3 // 3 + 4 * landmarks**2 * head_dim,
-        # Singular values: about 20 m^3, then the two products that apply them.
-        "pinv": 20 * landmarks**3 + cube + 2 * landmarks**2 * head_dim,
-    }
-    if solver not in solve:
-        raise ValueError(f"Expected solver to be one of {', '.join(solve)}, got {solver!r}.")
-    return thin + kernel + heads * solve[solver]
+    return thin + kernel + heads * solve
 
 
 def clustered_flops(
-    tokens: int,
-    heads: int,
-    head_dim: int,
-    landmarks: int,
-    *,
-    rows: int | None = None,
-    sketch: int | None = None,
+    tokens: int, heads: int, head_dim: int, landmarks: int, *, rows: int, solve: int
 ) -> int:
-    """Attention to clusters of one picture: two thin attentions, means, a ridge solve.
+    """Attention to clusters of one picture: two thin attentions, means and a solve.
 
-    `rows` is the number of tokens whose exact outputs are fitted, None = one a landmark; `sketch`
-    that of the dimensions in which tokens seek their landmark, None = all.
+    `rows` is the number of tokens whose exact outputs are fitted, `solve` what the solver needs
+    for a head.
     """
-    rows = landmarks if rows is None else rows
-    _positive(tokens=tokens, heads=heads, head_dim=head_dim, landmarks=landmarks, rows=rows)
-    channels = heads * head_dim
+    _positive(rows=rows)
     thin = [subset_flops(tokens, heads, head_dim, marks) for marks in (landmarks, rows)]
-    dims = min(sketch or channels, channels)
-    seek = 2 * tokens * landmarks * dims + (2 * tokens * channels * dims if dims < channels else 0)
-    means = tokens * channels  # sums; a product, where that is faster, counts as no more
+    means = mean_flops(tokens, heads * head_dim)
     kernel = 2 * heads * rows * landmarks * 2 * head_dim  # A and A Vp
-    # The smaller Gram matrix of A, Cholesky (a third of a cube), two triangular solves and A'.
+    return sum(thin) + means + kernel + heads * solve
+
+
+def mean_flops(tokens: int, channels: int) -> int:
+    """Means over clusters of all tokens: sums; a product, where it is faster, counts no more."""
+    _positive(tokens=tokens, channels=channels)
+    return tokens * channels
+
+
+def newton_schulz_flops(landmarks: int, head_dim: int, iters: int) -> int:
+    """The cubic iteration of one head, and its product with the values."""
+    _positive(landmarks=landmarks, head_dim=head_dim)
+    return 8 * iters * landmarks**3 + 2 * landmarks**2 * head_dim
+
+
+def ridge_flops(rows: int, landmarks: int, head_dim: int) -> int:
+    """A ridge solve of one head: the smaller Gram matrix of A, Cholesky, two solves and A'."""
+    _positive(rows=rows, landmarks=landmarks, head_dim=head_dim)
     small = min(rows, landmarks)
-    cube = 2 * rows * landmarks * small + small**3 // 3
-    solve = heads * (cube + 2 * (rows * landmarks + small**2) * head_dim)
-    return sum(thin) + seek + means + kernel + solve
+    cubes = 2 * rows * landmarks * small + small**3 // 3
+    return cubes + 2 * (rows * landmarks + small**2) * head_dim
+
+
+def svd_flops(rows: int, landmarks: int, head_dim: int) -> int:
+    """Singular values of one head, about 20 cubes, the inverse, and its product with values."""
+    _positive(rows=rows, landmarks=landmarks, head_dim=head_dim)
+    cubes = (20 * max(rows, landmarks) * min(rows, landmarks) + 2 * rows * landmarks) * min(
+        rows, landmarks
+    )
+    return cubes + 2 * rows * landmarks * head_dim
+
+
+def sketch_flops(tokens: int, channels: int, dims: int, groups: int = 1) -> int:
+    """A random projection of one picture, in so many groups of channels."""
+    _positive(tokens=tokens, channels=channels, dims=dims, groups=groups)
+    return 2 * tokens * channels * dims // groups
 
 
 def farthest_points_flops(tokens: int, channels: int, landmarks: int) -> int:

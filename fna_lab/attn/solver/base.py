@@ -11,16 +11,18 @@ class Solver(ABC):
     """Applies something like the inverse of the landmark kernel.
 
     Attributes:
-        formula: the name under which `ops.nystrom_flops` knows its cost.
         square: whether it needs as many rows as columns.
     """
 
-    formula: str
     square: bool = False
 
     @abstractmethod
     def __call__(self, kernel: Tensor, values: Tensor) -> Tensor:
         """Z(A) B: kernel A `[b h r m]`, values B `[b h r d]` -> `[b h m d]`."""
+
+    @abstractmethod
+    def flops(self, rows: int, landmarks: int, head_dim: int) -> int:
+        """FLOPs of one head, for a kernel of so many rows (queries) and landmarks."""
 
 
 def check_solver(solver: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fna_lab import ops
 from fna_lab.attn.solver.base import Solver
 
 
@@ -18,8 +19,6 @@ class LeastSquaresSolver(Solver):
         ValueError: `tolerance` lies outside 0 to 1.
     """
 
-    formula = "pinv"
-
     def __init__(self, *, tolerance: float = 1e-2) -> None:
         if not 0 <= tolerance < 1:
             raise ValueError(f"attn.solver.tolerance={tolerance}: expected a number from 0 to 1.")
@@ -28,3 +27,7 @@ class LeastSquaresSolver(Solver):
     def __call__(self, kernel: Tensor, values: Tensor) -> Tensor:
         """Z(A) B: `[b h r m]`, `[b h r d]` -> `[b h m d]`."""
         return torch.linalg.pinv(kernel, rtol=self.tolerance) @ values
+
+    def flops(self, rows: int, landmarks: int, head_dim: int) -> int:
+        """FLOPs of one head."""
+        return ops.svd_flops(rows, landmarks, head_dim)

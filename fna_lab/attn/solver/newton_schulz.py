@@ -18,7 +18,6 @@ class NewtonSchulzSolver(Solver):
         ValueError: `iters` is negative.
     """
 
-    formula = "newton_schulz"
     square = True
 
     def __init__(self, *, iters: int = 6) -> None:
@@ -29,3 +28,7 @@ class NewtonSchulzSolver(Solver):
     def __call__(self, kernel: Tensor, values: Tensor) -> Tensor:
         """Z(A) B: `[b h m m]`, `[b h m d]` -> `[b h m d]`."""
         return ops.newton_schulz(kernel, self.iters) @ values
+
+    def flops(self, rows: int, landmarks: int, head_dim: int) -> int:  # noqa: ARG002 (square)
+        """FLOPs of one head."""
+        return ops.newton_schulz_flops(landmarks, head_dim, self.iters)

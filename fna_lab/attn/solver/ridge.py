@@ -18,8 +18,6 @@ class RidgeSolver(Solver):
         ValueError: `ridge` is not positive.
     """
 
-    formula = "ridge"
-
     def __init__(self, *, ridge: float = 1e-3) -> None:
         if not ridge > 0:
             raise ValueError(f"attn.solver.ridge={ridge}: expected a number > 0.")
@@ -28,3 +26,7 @@ class RidgeSolver(Solver):
     def __call__(self, kernel: Tensor, values: Tensor) -> Tensor:
         """Z(A) B: `[b h r m]`, `[b h r d]` -> `[b h m d]`."""
         return ops.ridge_solve(kernel, values, self.ridge)
+
+    def flops(self, rows: int, landmarks: int, head_dim: int) -> int:
+        """FLOPs of one head."""
+        return ops.ridge_flops(rows, landmarks, head_dim)
