@@ -345,7 +345,7 @@ def test_compiled_without_graph_breaks():
     x = torch.randint(-9, 9, (2, 90, 8)).float().to(DEVICE)
 
     def run(q, k, v, x):
-        marks = ops.farthest_points(x, 12, repeats=0)
+        marks = ops.farthest_points(x, 12)
         return ops.nystrom_attention(q, k, v, marks, exact_rows=1)
 
     def run_clusters(q, k, v, x):

@@ -140,25 +140,6 @@ def test_too_few_allowed_points_and_equal_points(monkeypatch, form):
     assert ops.farthest_points(x, 4).tolist() == [[0, 1, 2, 3]] * 2
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_given_points_at_once(monkeypatch, form, dtype):
-    choose_form(monkeypatch, form)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randint(-9, 9, (3, 77, 19), generator=generator).to(DEVICE, dtype)
-    first = torch.randint(1, 77, (3, 6), generator=generator).to(DEVICE)
-    first[:, 0] = 0
-    first[1, 3] = 0  # CLS lies on a cell of the grid
-    first[2, 5] = first[2, 2]
-
-    def call():
-        return ops.farthest_points(x, 12, first=first, repeats=3)
-
-    found = call()
-    assert torch.equal(found, torch_path(monkeypatch, call))
-    assert all(len(set(row)) == 12 for row in found.tolist())
-
-
 def test_farthest_points_at_the_size_of_a_picture(monkeypatch):
     """Random features, sketched: the picks of float64 distances, a tie being unlikely."""
     generator = torch.Generator().manual_seed(1)
@@ -166,8 +147,8 @@ def test_farthest_points_at_the_size_of_a_picture(monkeypatch):
     first = torch.arange(0, 250, 50, device=DEVICE)[None]
 
     def call(x):
-        return ops.farthest_points(x, 16, first=first, repeats=0)
+        return ops.farthest_points(x, 16, first=first)
 
     assert torch.equal(call(x), call(x.double()))
-    sketched = ops.farthest_points(x, 16, first=first, repeats=1, sketch=64, gram=True)
+    sketched = ops.farthest_points(x, 16, first=first, sketch=64)
     assert len(set(sketched[0].tolist())) == 16

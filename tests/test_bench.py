@@ -154,6 +154,7 @@ def test_unknown_names_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         ("--layers 0-3", "--layers 0-3: it does nothing without --model"),
         ("--selection --variants exact fna", "--variants exact fna: it does nothing with --sel"),
         ("--selection --masks type1-sink", "--masks type1-sink: it does nothing with --selection"),
+        ("--selection --no-memory", "--no-memory: it does nothing with --selection"),
         ("--selection --block 2", "--block 2: it does nothing without --model"),
         ("--model vit_tiny_patch16_224 --tokens 50", "--tokens 50: it does nothing with --model"),
         ("--masked-tokens 9", "--masked-tokens 9: it does nothing without --masks"),

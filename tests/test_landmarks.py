@@ -286,8 +286,8 @@ def test_heads_differ_in_queries_and_keys_alone():
     one = FastNystromAttention(source="k")
     many = FastNystromAttention(source="k", per_head=True)
     shape = dict(heads=6, head_dim=64, channels=384, layers=2)
-    choice = one.landmarks.flops(1370, 64, 64)
-    assert many.flops(1370, **shape) - one.flops(1370, **shape) == 2 * 5 * choice
+    heads, together = many.selection_flops(1370, 64, 64), one.selection_flops(1370, 384, 64)
+    assert many.flops(1370, **shape) - one.flops(1370, **shape) == 2 * (6 * heads - together)
 
 
 def test_landmarks_of_the_wrong_shape_are_named():

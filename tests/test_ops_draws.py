@@ -66,10 +66,13 @@ def test_random_features_are_the_same(first, channels):
     torch.testing.assert_close(gram, gram.diagonal().diag(), rtol=0, atol=1e-3)
 
 
-def test_who_writes_into_features_spoils_nobody_elses():
-    features = ops.orthogonal_features(3, 8)
-    ops.orthogonal_features(3, 8).zero_()
-    assert torch.equal(ops.orthogonal_features(3, 8), features)
+@pytest.mark.parametrize(
+    "draw", [lambda: ops.orthogonal_features(3, 8), lambda: ops.uniform_numbers(3, 0)]
+)
+def test_who_writes_into_a_draw_spoils_nobody_elses(draw):
+    before = draw()
+    draw().zero_()
+    assert torch.equal(draw(), before) and before.any()
 
 
 @pytest.mark.parametrize("sampler", [RandomLandmarks, LeverageLandmarks])

@@ -158,18 +158,6 @@ def test_exact_rows_are_those_of_exact_attention_and_no_others_change():
     assert not torch.allclose(plain, out)
 
 
-@pytest.mark.parametrize("gram", [False, True])
-def test_points_taken_first_in_one_step_give_the_same_picks(gram):
-    points = torch.randn(3, 60, 7, dtype=torch.float64)
-    first = torch.stack([torch.randperm(60)[:9] for _ in range(3)])
-    picks = ops.farthest_points(points, 20, first=first)
-    assert torch.equal(ops.farthest_points(points, 20, first=first, repeats=0, gram=gram), picks)
-    first[1, 5] = first[1, 2]  # a repeat gives way
-    behind = ops.farthest_points(points, 20, first=first, repeats=1, gram=gram)
-    assert all(len(set(row)) == 20 for row in behind.tolist())
-    assert torch.equal(behind[0], picks[0]) and set(first[1].tolist()) <= set(behind[1].tolist())
-
-
 def test_exact_rows_have_gradients():
     torch.manual_seed(0)
     qkv = [torch.randn(1, 2, 9, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
@@ -179,3 +167,24 @@ def test_exact_rows_have_gradients():
         return ops.nystrom_attention(*args, landmarks, solver="ridge", exact_rows=1)
 
     assert torch.autograd.gradcheck(run, qkv, eps=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [-1, 12])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_landmarks_that_would_lie_in_another_picture_are_refused(wrong, per_head):
+    q, k, v = torch.randn(2, 12, 3, 2, 4).permute(2, 0, 3, 1, 4)  # packed, as hosts make them
+    marks = torch.tensor([[0, wrong], [0, 1]])
+    marks = marks[:, None].expand(-1, 2, -1) if per_head else marks
+    members = torch.zeros(*marks.shape[:-1], 12, dtype=torch.long)
+    for call in (
+        lambda: ops.subset_attention(q, k, v, marks),
+        lambda: ops.nystrom_attention(q, k, v, marks),
+        lambda: ops.clustered_attention(q, k, v, marks, members, lambda a, b: b),
+    ):
+        with pytest.raises(ValueError, match="Expected landmarks from 0 to 11, got"):
+            call()
+    points = torch.randn(2, 12, 4)
+    with pytest.raises(ValueError, match="Expected picks from 0 to 11"):
+        ops.coverage_radius(points, torch.tensor([[0, wrong], [0, 1]]))
+    with pytest.raises(ValueError, match="Expected first from 0 to 11"):
+        ops.farthest_points(points, 3, first=torch.tensor([[wrong], [1]]))

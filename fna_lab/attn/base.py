@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +79,10 @@ class Context:
     num_suffix_tokens: int = 0
     depth: int | None = None
     stays: bool = True
+
+    def timed(self, part: str) -> AbstractContextManager[None]:
+        """Notes the time inside the `with` for a part (`selection`), where anybody measures."""
+        return nullcontext() if self.stopwatch is None else self.stopwatch.timed(part)
 
     @property
     def kept(self) -> Tensor | None:

@@ -111,7 +111,8 @@ class FastNystromAttention(LandmarkAttention):
         more["exact_rows"] = int(self.exact_cls and "cls" in self.guarantee and context.has_cls)
         landmarks, points = self.served(keys, context), None
         if landmarks is None:
-            points = self._points(q, k, context)
+            with context.timed("selection"):
+                points = self._points(q, k, context)
             sampled = None if self.landmarks.reads == "attention" else points
             landmarks = self.renewed(q, k, keys, context, sampled)
         attention = ops.nystrom_attention
@@ -165,7 +166,8 @@ class FastNystromAttention(LandmarkAttention):
         shared, slot = context.shared, slot_of(keys, context)
         members, order, begin = (f"{slot}: {part}" for part in ("members", "order", "begin"))
         if points is not None:
-            shared[members] = self._members(points, landmarks, keys, context, distinct=distinct)
+            with context.timed("selection"):
+                shared[members] = self._members(points, landmarks, keys, distinct=distinct)
             shared.pop(order, None)
         found: dict[str, Any] = {"members": shared[members]}
         if self.per_head or self.guard is not None or landmarks.device.type != "cpu":
@@ -179,21 +181,15 @@ class FastNystromAttention(LandmarkAttention):
         points: Tensor,
         landmarks: Tensor,
         keys: Tensor | None,
-        context: Context,
         *,
         distinct: bool,
     ) -> Tensor:
         """The landmark of each token, long `[b n]`, or per head `[b h n]`."""
-        begin = context.stopwatch.now() if context.stopwatch else 0.0
         if self.per_head and keys is not None:
             keys = keys.repeat_interleave(landmarks.shape[1], dim=0)
         marks = landmarks.flatten(0, 1) if self.per_head else landmarks
         members = ops.nearest_landmarks(points, marks, allowed=keys, distinct=distinct)
-        if self.per_head:
-            members = members.unflatten(0, landmarks.shape[:2])
-        if context.stopwatch:
-            context.stopwatch.note("selection", begin)
-        return members
+        return members.unflatten(0, landmarks.shape[:2]) if self.per_head else members
 
     def _fitted(self, landmarks: Tensor, keys: Tensor | None, tokens: int) -> Tensor | None:
         """Tokens whose exact outputs are fitted, long `[b r]` or `[b h r]`; None = landmarks."""

@@ -210,12 +210,10 @@ class LandmarkAttention(ReducedAttention):
         `points` are what is sampled, `[b n c]` or per head `[b*h n c]`, where that is known.
         """
         num, slot = self.landmarks_at(context.layer, context.nth), slot_of(keys, context)
-        begin = context.stopwatch.now() if context.stopwatch else 0.0
         sampling = self if num == self.num_landmarks else self.with_landmarks(num)
-        context.shared[slot] = sampling._sample(q, k, keys, context, points)
+        with context.timed("selection"):
+            context.shared[slot] = sampling._sample(q, k, keys, context, points)
         context.shared[f"{slot}: layer"] = context.layer
-        if context.stopwatch:
-            context.stopwatch.note("selection", begin)
         return context.shared[slot]
 
     def served(self, keys: Tensor | None, context: Context) -> Tensor | None:

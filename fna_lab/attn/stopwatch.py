@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -25,6 +27,9 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def note(self, name: str, begin: float) -> None:
-        """Add what went by since `begin`."""
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add what goes by inside the `with`."""
+        begin = self.now()
+        yield
         self.seconds[name] += self.now() - begin

@@ -360,12 +360,8 @@ class Patch:
             self.observer(q, k, v, context)
         if self.meter is not None and stays and variant is self.attn:
             return self.meter(variant, q, k, v, context)
-        if context.stopwatch is None:
+        with context.timed("attention"):
             return variant(q, k, v, context)
-        begin = context.stopwatch.now()
-        out = variant(q, k, v, context)
-        context.stopwatch.note("attention", begin)
-        return out
 
     def _removal(self, layer: int) -> Removal | None:
         if layer not in self.mask_layers or self.mask.pattern is None:

@@ -35,32 +35,35 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     form = argparse.RawDescriptionHelpFormatter
     found = argparse.ArgumentParser(
-        prog="python -m fna_lab.bench", description=__doc__, formatter_class=form
+        prog="python -m fna_lab.bench",
+        description=__doc__,
+        formatter_class=form,
+        argument_default=argparse.SUPPRESS,  # `Settings` has the defaults
     )
     add = found.add_argument
     add("--variants", nargs="+", help="names of conf/attn and of public packages; or all")
-    add("--tokens", nargs="+", type=int, default=[197, 1370, 4097, 16385])
-    add("--batch", nargs="+", type=int, default=[1])
-    add("--dtype", nargs="+", default=["float32"], choices=DTYPES)
-    add("--heads", type=int, default=6)
-    add("--head-dim", type=int, default=64)
-    add("--landmarks", type=int, default=64)
-    add("--masks", nargs="*", default=None, choices=MASKS, help="pattern and stage; bare = all")
-    add("--masked-tokens", type=int, default=4, help="tokens that a mask takes away")
-    add("--exact-limit", type=int, default=20000, help="most tokens of exact")
-    add("--slowest", type=float, default=60, help="seconds that no call may be expected to take")
+    add("--tokens", nargs="+", type=int)
+    add("--batch", nargs="+", type=int)
+    add("--dtype", nargs="+", choices=DTYPES)
+    add("--heads", type=int)
+    add("--head-dim", type=int)
+    add("--landmarks", type=int)
+    add("--masks", nargs="*", choices=MASKS, help="pattern and stage; bare = all")
+    add("--masked-tokens", type=int, help="tokens that a mask takes away")
+    add("--exact-limit", type=int, help="most tokens of exact")
+    add("--slowest", type=float, help="seconds that no call may be expected to take")
     add("--model", help="a timm ViT: time whole forward passes instead")
-    add("--img-size", nargs="+", type=int, default=[518])
-    add("--layers", default="6-", help="blocks that are replaced, with --model")
-    add("--selection", action="store_true", help="landmark samplers alone")
+    add("--img-size", nargs="+", type=int)
+    add("--layers", help="blocks that are replaced, with --model")
+    add("--selection", action="store_true", default=False, help="landmark samplers alone")
     add("--samplers", nargs="+", help="with --selection: names, or name:setting=value,...")
     add("--checkpoint", help="weights of --model, with --selection")
-    add("--block", type=int, default=6, help="whose input is sampled, with --selection --model")
-    add("--rounds", type=int, default=15, help="most rounds of a case")
-    add("--least", type=int, default=3, help="fewest rounds of a case")
-    add("--seconds", type=float, default=10, help="time of a case, about")
-    add("--memory", action=argparse.BooleanOptionalAction, default=True)
-    add("--device", type=_device, default=None)
+    add("--block", type=int, help="whose input is sampled, with --selection --model")
+    add("--rounds", type=int, help="most rounds of a case")
+    add("--least", type=int, help="fewest rounds of a case")
+    add("--seconds", type=float, help="time of a case, about")
+    add("--memory", action=argparse.BooleanOptionalAction)
+    add("--device", type=_device)
     add("--out", type=Path, default=None, help="folder for JSON and plot")
     return found
 
@@ -77,13 +80,13 @@ def _device(name: str) -> torch.device:
 
 def main() -> None:
     """Read the command line, measure, show and save."""
-    args = parser().parse_args()
-    args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    args.masks = () if args.masks is None else args.masks or MASKS
-    asked = dict(vars(args))
+    asked = vars(parser().parse_args())
     selection, chosen = asked.pop("selection"), asked.pop("out")
+    asked.setdefault("device", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if asked.get("masks") == []:
+        asked["masks"] = MASKS
     console = make_console()
-    bench = bench_model if args.model else bench_attention
+    bench = bench_model if asked.get("model") else bench_attention
     out = chosen or Path("outputs/bench") / time.strftime("%Y-%m-%d_%H-%M-%S")
     try:
         settings = Settings(**asked)
@@ -100,12 +103,13 @@ def main() -> None:
     if not rows:
         sys.exit("error: nothing was measured; see the lines above.")
     console.print(timing_table(rows))
-    arguments = {key: str(value) for key, value in vars(args).items()}
-    facts = {"arguments": arguments, **surroundings(args.device), "slopes": slopes(rows)}
+    arguments = {key: str(value) for key, value in vars(settings).items()}
+    arguments["selection"] = str(selection)
+    facts = {"arguments": arguments, **surroundings(settings.device), "slopes": slopes(rows)}
     (out / "bench.json").write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
-    title = args.model or f"attention, {args.heads} heads of {args.head_dim}"
+    title = settings.model or f"attention, {settings.heads} heads of {settings.head_dim}"
     title = "selection" if selection else title
-    plot(rows, out / "bench.png", f"{title}, {args.landmarks} landmarks")
+    plot(rows, out / "bench.png", f"{title}, {settings.landmarks} landmarks")
     console.print(f"wrote {out}")
 
 

@@ -63,7 +63,6 @@ class Call:
 
     def __call__(self) -> Tensor:
         """Attend once."""
-        watch = self.stopwatch
         context = Context(
             layer=0,
             nth=0,
@@ -73,14 +72,10 @@ class Call:
             has_cls=True,
             grid=self.grid,
             removal=self.removal,
-            stopwatch=watch,
+            stopwatch=self.stopwatch,
         )
-        begin = watch.now() if watch else 0.0
-        q, k, v = self.qkv
-        out = self.variant(q, k, v, context)
-        if watch:
-            watch.note("attention", begin)
-        return out
+        with context.timed("attention"):
+            return self.variant(*self.qkv, context)
 
 
 def random_inputs(

@@ -14,7 +14,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 # What each part of a benchmark has no use for.
 OF_MODEL = ("checkpoint", "block", "img_size", "layers")
 OF_INPUTS = ("tokens", "heads", "head_dim")
-OF_ATTENTION = ("variants", "masks", "masked_tokens", "dtype", "exact_limit", "slowest", "layers")
+OF_ATTENTION = ("variants", "masks", "masked_tokens", "dtype", "exact_limit", "slowest", "layers",
+                "memory")  # fmt: skip
 
 
 @dataclass
@@ -147,6 +148,8 @@ class Settings:
         """A setting, and its value, as the one who asked writes it."""
         if self.prefix != "--":
             return f"{self.prefix}{setting}" + ("" if value is None else f"={value}")
+        if value is False:
+            return f"--no-{setting}"
         value = " ".join(map(str, value)) if _is_list(value) else value
         return f"--{setting.replace('_', '-')}" + ("" if value is None else f" {value}")
 

@@ -50,13 +50,31 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"Expected {name} to be one of {', '.join(choices)}, got {value!r}.")
 
 
-def check_index(name: str, value: object, shape: str, ndims: tuple[int, ...] = (2,)) -> None:
-    """Raise unless `value` is a long tensor `[b m]`, or one of so many dimensions."""
+def check_index(
+    name: str,
+    value: object,
+    shape: str,
+    ndims: tuple[int, ...] = (2,),
+    *,
+    below: int | None = None,
+) -> None:
+    """Raise unless `value` is a long tensor `[b m]`, or one of so many dimensions.
+
+    Of several pictures on a CPU, also unless all of it lies from 0 to `below` - 1: their rows may
+    lie in one table, where the next picture's would be read.
+    """
     if not isinstance(value, Tensor) or value.dtype != torch.long:
         came = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"Expected {name} to be a long tensor {shape}, got {came}.")
     if value.ndim not in ndims:
         raise ValueError(f"Expected {name} to have shape {shape}, got {tuple(value.shape)}.")
+    if below is None or len(value) < 2 or value.numel() == 0 or value.device.type != "cpu":
+        return
+    if torch.compiler.is_compiling():
+        return
+    least, most = (int(end) for end in value.aminmax())
+    if least < 0 or most >= below:
+        raise ValueError(f"Expected {name} from 0 to {below - 1}, got {least} to {most}.")
 
 
 def default_scale(q: Tensor) -> float:

@@ -88,7 +88,7 @@ def cluster_medoids(points: Tensor, seeds: Tensor, *, allowed: Tensor, steps: in
     Source: Lloyd 1982.
     """
     check_float("points", points, 3, "[b n c]")
-    check_index("seeds", seeds, "[b m]")
+    check_index("seeds", seeds, "[b m]", below=points.shape[1])
     points = points.to(torch.promote_types(points.dtype, torch.float32))
     means = gather_rows(points, seeds)
     distance, member = _clusters(points, means, allowed)

@@ -50,7 +50,7 @@ def nearest_landmarks(
         ValueError: shapes do not fit.
     """
     check_float("points", points, 3, "[b n c]")
-    check_index("landmarks", landmarks, "[b m]")
+    check_index("landmarks", landmarks, "[b m]", below=points.shape[1])
     if landmarks.shape[0] != points.shape[0]:
         raise ValueError(
             f"Expected landmarks [{points.shape[0]} m], got {tuple(landmarks.shape)}."

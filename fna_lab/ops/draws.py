@@ -35,8 +35,12 @@ def drawn_once(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return drawn
 
 
-@drawn_once
 def uniform_numbers(num: int, seed: int) -> Tensor:
-    """Numbers from 0 to 1, `[num]` in float32 on the CPU, the same at every call: read only."""
+    """Numbers from 0 to 1, the same at every call: `[num]` in float32 on the CPU."""
+    return _uniform(num, seed).clone()
+
+
+@drawn_once
+def _uniform(num: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(num, generator=generator, dtype=torch.float32, device="cpu")

@@ -215,7 +215,7 @@ def subset_attention(
         ValueError: shapes do not fit.
     """
     check_qkv(q, k, v)
-    check_landmarks(landmarks, q)
+    check_landmarks(landmarks, k)
     if bias is not None:
         bias = gather_tokens(bias.expand(*q.shape[:3], k.shape[2]).mT, landmarks).mT
     if not distinct:
@@ -280,7 +280,7 @@ def each_head(found: Tensor) -> Tensor:
 
 def check_landmarks(landmarks: Tensor, q: Tensor) -> None:
     """Raise unless landmarks are long `[b m]` or `[b h m]` that fit q `[b h n d]`."""
-    check_index("landmarks", landmarks, "[b m] or [b h m]", (2, 3))
+    check_index("landmarks", landmarks, "[b m] or [b h m]", (2, 3), below=q.shape[2])
     batch, heads = q.shape[:2]
     if landmarks.shape[0] != batch or each_head(landmarks).shape[1] not in (1, heads):
         raise ValueError(

@@ -80,8 +80,8 @@ def spread_points(
         raise ValueError(
             f"Expected 1 <= block <= candidates, got block={block}, candidates={candidates}."
         )
-    first = _first(points, num, first, allowed)
-    points = _reduced(points.detach(), sketch)
+    first = starting_points(points, num, first, allowed)
+    points = reduced_points(points.detach(), sketch)
     if points.dtype == torch.float32 and use_kernels(points):  # exact ones
         from fna_lab.ops.kernels.points import farthest_points as on_chip
 
@@ -128,7 +128,9 @@ def spread_points(
     return _in_place(first, picks[1:], lost, num)
 
 
-def _first(points: Tensor, num: int, first: Tensor | None, allowed: Tensor | None) -> Tensor:
+def starting_points(
+    points: Tensor, num: int, first: Tensor | None, allowed: Tensor | None
+) -> Tensor:
     """The points to take first, long `[b g]` with g >= 1, once all arguments are checked."""
     batch, size, _ = points.shape
     if isinstance(num, bool) or not isinstance(num, int) or not 1 <= num <= size:
@@ -139,13 +141,16 @@ def _first(points: Tensor, num: int, first: Tensor | None, allowed: Tensor | Non
         if allowed is not None:
             return allowed.int().argmax(1, keepdim=True)
         return points.new_zeros((batch, 1), dtype=torch.long)
-    check_index("first", first, "[b g]")
+    check_index("first", first, "[b g]", below=size)
+    if len(first) != batch:
+        raise ValueError(f"Expected first to have {batch} rows, got {len(first)}.")
     if first.shape[1] > num:
         raise ValueError(f"Expected first to hold at most num={num} points, got {first.shape[1]}.")
     return first
 
 
-def _reduced(points: Tensor, sketch: int | None) -> Tensor:
+def reduced_points(points: Tensor, sketch: int | None) -> Tensor:
+    """Points in a sketch of so many dimensions, if they have more; in at least float32."""
     if sketch is not None and sketch < points.shape[2]:
         return sketch_points(points, sketch)
     return points.to(torch.promote_types(points.dtype, torch.float32))
