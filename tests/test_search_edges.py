@@ -12,6 +12,8 @@ from torch import nn
 import fna_lab
 from fna_lab.attn.exact import ExactAttention
 from fna_lab.attn.fna import FastNystromAttention
+from fna_lab.attn.landmarks.fps import FarthestPointLandmarks
+from fna_lab.attn.subset import SubsetAttention
 from fna_lab.mask.detector.cls_proxy import ClsProxyDetector
 from fna_lab.mask.detector.norm_ratio import NormRatioDetector
 from fna_lab.mask.detector.register_neurons import RegisterNeuronsDetector
@@ -48,6 +50,21 @@ def test_neurons_of_blocks_that_do_not_run_again(neurons):
             alone.append(patched.ranks)
     assert len(set(ranks.amax(1).tolist())) > 1  # the pictures need different numbers of rounds
     assert torch.equal(ranks, torch.cat(alone))
+
+
+@pytest.mark.parametrize("attn", [FastNystromAttention, SubsetAttention])
+@pytest.mark.parametrize("settings", [{"guarantee": ["cls", "massive"]}, {"exclude": ["massive"]}])
+def test_classes_of_the_variant_in_rounds_that_some_pictures_need(attn, settings):
+    host, model, x = build("timm vit")
+    detector = RegisterNeuronsDetector(neurons=[[0, 3], [2, 5]], ratio=2.0)
+    mask = Type1Mask(detector=detector, schedule="iterative")
+    variant = attn(landmarks=FarthestPointLandmarks(), num_landmarks=6, **settings)
+    where = LATE | dict(layers="1-3", mask_layers=[2, 3])
+    with fna_lab.patch(model, variant, mask, **where) as patched:
+        together = host.run(model, x)
+        ranks, alone = patched.ranks, [host.run(model, picture) for picture in x.split(1)]
+    assert len(set(ranks.amax(1).tolist())) > 1 and patched.classes["massive"].any()
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
 def test_a_single_round_takes_no_more_than_it_may():

@@ -31,7 +31,7 @@ from fna_lab.backbone.seam import (
     tokens_first,
     with_hidden,
 )
-from fna_lab.backbone.search import Again, Finder, Found, Pass, Search
+from fna_lab.backbone.search import Again, Finder, Found, Pass, Search, rows_of
 from fna_lab.mask.base import Mask
 
 Observer = Callable[[Tensor, Tensor, Tensor, Context], None]
@@ -350,7 +350,9 @@ class Patch:
             removal=self._removal(layer) if again is None else again.removal,
             shared=self._pass.shared,
             stopwatch=self.stopwatch if again is None else None,
-            classes={c: self._class(c) for c in variant.token_classes},
+            classes={
+                c: rows_of(self._class(c), again and again.only) for c in variant.token_classes
+            },
             stays=stays,
         )
         if again is None and layer in self.mask_layers and self._adjuster.works:

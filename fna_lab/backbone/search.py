@@ -162,12 +162,14 @@ class Again:
         removal: what is taken out of its attention.
         probe: stop at its attention, and tell queries and keys.
         stays: whether the pass goes on with its output.
+        only: pictures of the batch that `x` holds, long `[p]`; None = all.
     """
 
     x: Tensor
     removal: Removal | None = None
     probe: bool = False
     stays: bool = False
+    only: Tensor | None = None
 
 
 class Finder:
@@ -260,14 +262,14 @@ class Finder:
     ) -> Evidence:
         if call is None and not search.reads_hidden:
             try:
-                self._run(search.detect, state, Again(x, probe=True), only)
+                self._run(search.detect, state, Again(x, probe=True, only=only))
             except Probed as seen:
                 call = seen.call
         q, k, attn_mask, scale = call or (None, None, None, 1.0)
         prefix = self.prefix(x, search.detect)
         kept = state.kept
         if kept is not None:
-            kept = (kept if len(kept) == 1 else _of(kept, only)).expand(x.shape[:2])
+            kept = (kept if len(kept) == 1 else rows_of(kept, only)).expand(x.shape[:2])
         return Evidence(
             x,
             prefix,
@@ -302,18 +304,19 @@ class Finder:
         self._expect(search.restart, state)
         state.nth, shared = state.restarts[search.restart]
         x = self._hidden(search.restart, state)
-        state.shared = {key: _of(value, only) for key, value in shared.items()}
-        x = _of(x, only)
+        state.shared = {key: rows_of(value, only) for key, value in shared.items()}
+        x = rows_of(x, only)
         for layer in range(search.restart, search.detect):
-            x = self._run(layer, state, Again(x, removals.get(layer), stays=stay), only)
+            x = self._run(layer, state, Again(x, removals.get(layer), stays=stay, only=only))
         if not stay:
             state.nth, state.shared = here
         return x
 
-    def _run(self, layer: int, state: Pass, again: Again, only: Tensor | None) -> Tensor:
+    def _run(self, layer: int, state: Pass, again: Again) -> Tensor:
         self._expect(layer, state)
         args, kwargs = state.calls[layer]
         batch = self._hidden(layer, state).shape[0]
+        only = again.only
         if only is not None:
             # Of the other arguments, masks alone know the pictures: [b h|1 n|1 n].
             args, kwargs = tree_map(lambda part: _of_mask(part, only, batch), (args, kwargs))
@@ -361,7 +364,7 @@ def _strongest(search: Search, shown: Evidence, new: Tensor) -> tuple[Tensor, Te
     return new, scores.masked_fill(~new, 0)
 
 
-def _of(x: Any, pictures: Tensor | None) -> Any:
+def rows_of(x: Any, pictures: Tensor | None) -> Any:
     """Rows of some pictures, of what has such rows."""
     return x if pictures is None or not isinstance(x, Tensor) else x[pictures]
 
