@@ -7,50 +7,16 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import BIAS, KEEP, call, every_mask, weights
 
 from fna_lab import ops
-from fna_lab.attn.base import Context
+from fna_lab.attn.base import Context, Removal
 from fna_lab.attn.block_svd import BlockSvdAttention
 from fna_lab.attn.explicit import ExplicitAttention
 from fna_lab.attn.landmarks.random import RandomLandmarks
-from fna_lab.attn.linformer_pool import LinformerPoolAttention
-from fna_lab.attn.nystromformer import NystromformerAttention
 from fna_lab.attn.prune import PruneAttention
 from fna_lab.attn.solver.pinv import PinvSolver
 from fna_lab.attn.tome import TomeAttention
-
-
-def call(prefix=1, has_cls=True, **more):
-    """q, k, v of 4 x 6 patches, and what the seam would tell."""
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 3, prefix + 24, 8, dtype=torch.float64)
-    context = Context(
-        layer=1,
-        nth=0,
-        scale=8**-0.5,
-        x=torch.randn(2, prefix + 24, 16, dtype=torch.float64),
-        num_prefix_tokens=prefix,
-        has_cls=has_cls,
-        grid=(4, 6),
-        **more,
-    )
-    return q, k, v, context
-
-
-KEEP = (torch.arange(25) % 5 != 3).expand(2, 1, 1, -1)
-BIAS = torch.randn(1, 3, 25, 25, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-GAP = (torch.tensor([True] * 4 + [False] * 3 + [True] * 18)).expand(2, 1, 1, -1)  # a segment
-every_mask = pytest.mark.parametrize("mask", [None, KEEP, BIAS], ids=["none", "padding", "bias"])
-
-
-def weights(q, k, context):
-    logits = context.scale * q @ k.mT
-    mask = context.attn_mask
-    if mask is not None and mask.dtype == torch.bool:
-        logits = logits.masked_fill(~mask, -torch.inf)
-    elif mask is not None:
-        logits = logits + mask
-    return logits
 
 
 @every_mask
@@ -253,16 +219,46 @@ def test_the_most_similar_of_some_tokens(told, at_a_time, monkeypatch):
     monkeypatch.setattr("fna_lab.ops.merging.AT_A_TIME", at_a_time)
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(2, n, 6, generator=generator, dtype=torch.float64) for n in (11, 8))
-    kinds = [torch.rand(2, n, generator=generator) < 0.5 for n in (11, 8)]
-    kinds[1][1] = True  # no answer of the other kind
+    kinds = [torch.randint(0, 3, (2, n), generator=generator) for n in (11, 8)]
+    kinds[1][1] = kinds[1][1].clamp(max=1)  # no answer of one kind
     cosine, which = ops.most_similar(x, y, *(kinds if told else ()))
     for b, i in itertools.product(range(2), range(11)):
-        allowed = kinds[1][b] == kinds[0][b, i]
-        allowed = allowed if told and allowed.any() else torch.ones(8, dtype=torch.bool)
+        apart = (kinds[1][b] - kinds[0][b, i]).abs() * told
         every = torch.cosine_similarity(x[b, i], y[b], dim=-1)
-        assert which[b, i] == every.masked_fill(~allowed, -torch.inf).argmax()
-        lower = 3 * (told and bool(kinds[0][b, i] != kinds[1][b, which[b, i]]))
-        assert cosine[b, i].item() == pytest.approx(every[which[b, i]].item() - lower)
+        wanted = every.masked_fill(apart > apart.min(), -torch.inf).argmax()
+        assert which[b, i] == wanted
+        lower = 3 * apart[wanted].item()
+        assert cosine[b, i].item() == pytest.approx(every[wanted].item() - lower)
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.4, 0.5])
+@pytest.mark.parametrize("pattern", ["type1", "type2"])
+def test_padding_reaches_no_merged_token_that_a_mask_took_away(ratio, pattern):
+    keep = torch.ones(2, 1, 1, 25, dtype=torch.bool)
+    keep[0, ..., 17:] = keep[1, ..., 3:12] = False
+    gone = torch.zeros(2, 25, dtype=torch.bool)
+    gone[0, [3, 4, 9]] = gone[1, [14, 15, 17, 20]] = True
+    removal = Removal(gone, pattern, "mask", *ops.token_rows(gone))
+    q, k, v, context = call(attn_mask=keep, removal=removal)
+    out = TomeAttention(ratio=ratio)(q, k, v, context)
+    real = keep[:, 0, 0]
+    q, k, v = (torch.where(real[:, None, :, None], x, 5 * torch.randn_like(x)) for x in (q, k, v))
+    again = TomeAttention(ratio=ratio)(q, k, v, context)
+    torch.testing.assert_close(again.transpose(1, 2)[real], out.transpose(1, 2)[real])
+
+
+def test_prune_without_patch_tokens_drops_nothing():
+    q = torch.randn(2, 3, 1, 8)
+    context = Context(
+        layer=0, nth=0, scale=1.0, x=torch.randn(2, 1, 9), num_prefix_tokens=1, has_cls=True
+    )
+    torch.testing.assert_close(PruneAttention()(q, q, q, context), q)
+
+
+def test_low_rank_blocks_refuse_gradients():
+    q, k, v, context = call()
+    with pytest.raises(NotImplementedError, match="attn=block_svd.*no gradient"):
+        BlockSvdAttention()(q.requires_grad_(), k, v, context)
 
 
 @every_mask
@@ -288,56 +284,3 @@ def test_merged_attention_equals_its_definition(mask, ratio):
                 logits = logits + torch.tensor(between, dtype=q.dtype)
             expected = (logits.softmax(-1) @ value)[group[b]]
             torch.testing.assert_close(out[b, h], expected)
-
-
-def segment_means(keep):
-    """One row of averages for CLS, four segments of three tokens, three of four: `[b 1 8 n]`."""
-    cuts = [0, 1, 4, 7, 10, 13, 17, 21, 25]
-    rows = torch.zeros(2, 1, 8, 25, dtype=torch.float64)
-    for row, (start, stop) in enumerate(itertools.pairwise(cuts)):
-        rows[:, :, row, start:stop] = 1
-    rows = rows * keep
-    return rows / rows.sum(-1, keepdim=True).clamp(min=1)
-
-
-@pytest.mark.parametrize("mask", [None, KEEP, BIAS, GAP], ids=["none", "padding", "bias", "gap"])
-@pytest.mark.parametrize("linformer", [False, True])
-def test_attention_to_segments_equals_its_definition(mask, linformer):
-    q, k, v, context = call(attn_mask=mask)
-    padded = mask is not None and mask.dtype == torch.bool
-    keep = mask.double() if padded else torch.ones(2, 1, 1, 25, dtype=torch.float64)
-    pool = segment_means(keep)
-    bias = torch.zeros(1, dtype=torch.float64) if mask is None or padded else mask
-    alive = pool.any(-1)[:, :, None]  # a segment of padding alone has no key
-    columns = context.scale * q @ (pool @ k).mT + (bias @ pool.mT if bias.ndim > 1 else 0)
-    columns = columns.masked_fill(~alive, -torch.inf).softmax(-1)
-    if linformer:
-        found = LinformerPoolAttention(num_landmarks=8)(q, k, v, context)
-        torch.testing.assert_close(found, columns @ pool @ v)
-        return
-    found = NystromformerAttention(num_landmarks=8, solver=PinvSolver())(q, k, v, context)
-    rows = context.scale * pool @ q @ k.mT + (pool @ bias if bias.ndim > 1 else 0)
-    middle = rows.masked_fill(keep == 0, -torch.inf).softmax(-1) @ v
-    corner = context.scale * pool @ q @ (pool @ k).mT
-    corner = corner + (pool @ bias @ pool.mT if bias.ndim > 1 else 0)
-    for b in range(2):
-        there = alive[b, 0, 0]
-        some = corner[b][:, there][..., there].softmax(-1)
-        wanted = columns[b][..., there] @ torch.linalg.pinv(some) @ middle[b][:, there]
-        torch.testing.assert_close(found[b], wanted, rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.parametrize("variant", [NystromformerAttention, LinformerPoolAttention])
-@pytest.mark.parametrize(
-    ("num", "words"),
-    [
-        (5, "attn.num_landmarks=5: expected at least 6 segments, one for each of 5 prefix tokens"),
-        (26, "attn.num_landmarks=26: more segments than the 25 tokens"),
-    ],
-)
-def test_segments_that_do_not_fit_are_named(variant, num, words):
-    q = torch.randn(1, 2, 25, 8)
-    context = Context(layer=0, nth=0, scale=0.3, x=torch.randn(1, 25, 16), num_prefix_tokens=5)
-    with pytest.raises(ValueError, match=words):
-        variant(num_landmarks=num)(q, q, q, context)
-    assert variant(num_landmarks=6)(q, q, q, context).isfinite().all()

@@ -56,7 +56,7 @@ class PruneAttention(KeyMaskedAttention):
     ) -> Tensor:
         """Rank, attend among the kept, and give every token its part."""
         prefix, size = context.num_prefix_tokens, q.shape[2]
-        count = self._kept(size - prefix)
+        count = min(size - prefix, self._kept(size - prefix))
         num = 1 if context.has_cls else self.queries
         rows = [0]
         if not context.has_cls:
@@ -76,13 +76,17 @@ class PruneAttention(KeyMaskedAttention):
         few = F.scaled_dot_product_attention(
             *(ops.gather_tokens(t, kept) for t in (q, k, v)), attn_mask=mask, scale=context.scale
         )
+        if not count:  # no patch tokens: nobody is dropped
+            return few
         index = kept[:, None, :, None].expand_as(few)
         if self.restore == "zero":
             return torch.zeros_like(v).scatter(2, index, few)
         feature = k.to(torch.promote_types(k.dtype, torch.float32)).mean(1)
         theirs = feature.gather(1, kept[:, prefix:, None].expand(-1, -1, feature.shape[2]))
         # A removed token gives its output to nobody, while there are others.
-        kinds = () if keys is None else (torch.ones_like(keys), keys.gather(1, kept[:, prefix:]))
+        kinds = ()
+        if keys is not None:
+            kinds = torch.zeros_like(keys).long(), (~keys.gather(1, kept[:, prefix:])).long()
         owner = ops.most_similar(feature, theirs, *kinds)[1] + prefix
         place = torch.arange(kept.shape[1], device=q.device).expand_as(kept)
         return ops.gather_tokens(few, owner.scatter(1, kept, place))

@@ -81,7 +81,8 @@ class LandmarkAttention(ReducedAttention):
 
     It chooses landmarks; removed or padded keys never become one. Guaranteed tokens come first,
     in ascending order, cut off at `num_landmarks`. Excluded tokens are never taken: a picture in
-    which detected classes leave fewer tokens than landmarks has so many fewer landmarks.
+    which detected classes leave fewer tokens than landmarks has so many fewer landmarks, and one
+    in which they leave none has a single one that is no padding.
 
     Args:
         landmarks: the sampler.
@@ -308,9 +309,14 @@ class LandmarkAttention(ReducedAttention):
             picks = ops.put_first(picks, wanted)
         if allowed is not None and (barred is None or size - barred < self.num_landmarks):
             # Some samplers take others where too few are left, and all of them what is
-            # guaranteed, be it padding: the first that may be taken stands in for those.
+            # guaranteed, be it padding: the first that may be taken stands in for those; where
+            # classes leave none, the first token that may be attended to.
             good = allowed.gather(1, picks)
             first = picks.gather(1, good.int().argmax(1, keepdim=True))
+            if self.exclude and keys is not None:
+                kept = keys.repeat_interleave(len(picks) // len(keys), dim=0)
+                none = ~good.any(1, keepdim=True)
+                first = torch.where(none, kept.int().argmax(1, keepdim=True), first)
             picks = torch.where(good, picks, first)
         return picks.unflatten(0, q.shape[:2]) if self.per_head else picks
 

@@ -43,14 +43,14 @@ class TomeAttention(KeyMaskedAttention):
         """Merge, attend, and give every token what its group has."""
         prefix = context.num_prefix_tokens
         num = int(self.ratio * (q.shape[2] - prefix))
-        group, groups = ops.bipartite_matching(k.mean(1), num, prefix=prefix, keys=keys)
-        # A removed token weighs nothing beside a kept one; a group of removed ones still asks.
+        real = None if keys is None else context.kept
+        group, groups = ops.bipartite_matching(k.mean(1), num, prefix=prefix, keys=keys, real=real)
         kept = asks = group if keys is None else group.masked_fill(~keys, -1)
         runs = asking = ops.cluster_runs(kept, groups)
         means, size = ops.cluster_means(k, kept, groups, runs=runs)
         values, _ = ops.cluster_means(v, kept, groups, runs=runs)
         if keys is not None:
-            asks = torch.where(size.gather(1, group) > 0, kept, group)
+            asks = self._asking(group, groups, keys, real)
             asking = ops.cluster_runs(asks, groups)
         queries, _ = ops.cluster_means(q, asks, groups, runs=asking)
         mask = size.log()[:, None, None]
@@ -64,6 +64,20 @@ class TomeAttention(KeyMaskedAttention):
         )
         out = out.transpose(1, 2).contiguous().transpose(1, 2)  # whole tokens lie together
         return ops.gather_tokens(out, group)
+
+    @staticmethod
+    def _asking(group: Tensor, groups: int, keys: Tensor, real: Tensor | None) -> Tensor:
+        """Groups of the tokens whose mean asks, long `[b n]`, -1 = not among them.
+
+        A removed token weighs nothing beside a kept one, padding nothing beside a real token; a
+        group of removed ones alone still asks, and so does one of padding.
+        """
+        asks = keys
+        for more in (keys if real is None else real, torch.ones_like(keys)):
+            count = torch.zeros((len(group), groups), device=group.device)
+            count = count.scatter_add(1, group, asks.to(count.dtype))
+            asks = asks | more & (count.gather(1, group) == 0)
+        return group.masked_fill(~asks, -1)
 
     def flops(self, tokens: int, *, heads: int, head_dim: int, channels: int, layers: int) -> int:
         """FLOPs of the attention of one picture over so many layers, the matching included."""

@@ -23,6 +23,7 @@ def block_low_rank(pattern: Tensor, labels: Tensor, num: int, rank: int) -> Tens
         `[b h n n]`, in at least float32.
 
     Raises:
+        NotImplementedError: a gradient is asked for; equal singular values have none.
         TypeError: `pattern` is not a floating tensor.
         ValueError: shapes do not fit, or `rank` < 1.
 
@@ -33,6 +34,11 @@ def block_low_rank(pattern: Tensor, labels: Tensor, num: int, rank: int) -> Tens
         raise ValueError(f"Expected labels [b n], got {tuple(labels.shape)}.")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"Expected rank to be an integer >= 1, got {rank!r}.")
+    if torch.is_grad_enabled() and pattern.requires_grad:
+        raise NotImplementedError(
+            "block_low_rank (attn=block_svd) has no gradient where singular values are equal; "
+            "expected torch.no_grad() around it."
+        )
     pattern = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
     found = torch.zeros_like(pattern)
     for row in range(num):

@@ -104,7 +104,7 @@ def cluster_means(
     """
     if members.ndim == 3:  # heads are like pictures of one head
         means, sizes = cluster_means(x.flatten(0, 1)[:, None], members.flatten(0, 1), num)
-        return means.view(*x.shape[:2], num, -1), sizes.view(*x.shape[:2], num)
+        return means.view(*x.shape[:2], num, x.shape[3]), sizes.view(*x.shape[:2], num)
     batch, heads, _, dim = x.shape
     if x.device.type == "cpu":
         means, sizes = _bagged_means(x, *(runs or cluster_runs(members, num)))

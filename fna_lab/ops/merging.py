@@ -14,7 +14,12 @@ AT_A_TIME = 2**22
 
 
 def bipartite_matching(
-    metric: Tensor, num: int, *, prefix: int = 0, keys: Tensor | None = None
+    metric: Tensor,
+    num: int,
+    *,
+    prefix: int = 0,
+    keys: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """Which tokens to merge: the `num` most similar pairs of even and odd patch tokens.
 
@@ -27,6 +32,8 @@ def bipartite_matching(
         prefix: tokens that are never merged.
         keys: bool `[b n]`; tokens that are not kept merge with one another first, whatever they
             hold, and with kept ones only where there is no other way. None = all are kept.
+        real: bool `[b n]`, False = padding, which no real token merges with while there is any
+            other: what it holds must change nothing. None = all are.
 
     Returns:
         The group of each token, long `[b n]`, and the number of groups n - num.
@@ -45,13 +52,18 @@ def bipartite_matching(
     even, odd = place[prefix::2], place[prefix + 1 :: 2]
     if num == 0:
         return place.expand(batch, -1), tokens
-    if keys is not None:
+    if keys is None:
+        best, partner = most_similar(metric[:, even], metric[:, odd])
+    else:
         check_bool("keys", keys, (batch, tokens))
-    kinds = (None, None) if keys is None else (keys[:, even], keys[:, odd])
-    best, partner = most_similar(metric[:, even], metric[:, odd], *kinds)
-    if keys is not None:
-        both = ~keys[:, even] & ~keys[:, odd].gather(1, partner)
-        best = best.masked_fill(both, 2.0)
+        kind = (~keys).long()  # how far apart kinds are, not only that they are
+        if real is not None:
+            check_bool("real", real, (batch, tokens))
+            kind = kind.masked_fill(~real, 3)
+        mine, theirs = kind[:, even], kind[:, odd]
+        best, partner = most_similar(metric[:, even], metric[:, odd], mine, theirs)
+        twins = (mine == theirs.gather(1, partner)) & (mine > 0)
+        best = best.masked_fill(twins, 2.0)
     chosen = best.argsort(dim=1, descending=True, stable=True)[:, :num]
     source, target = even[chosen], odd[partner.gather(1, chosen)]
     owner = place.expand(batch, -1).scatter(1, source, target)
@@ -70,8 +82,8 @@ def most_similar(
     Args:
         x: features of those that ask `[b n c]`.
         y: features of those that answer `[b m c]`.
-        x_kind: bool `[b n]`; with `y_kind` bool `[b m]` tokens of one kind go together while there
-            are any of it, and cosines of two kinds are 3 lower. None = all may.
+        x_kind: long `[b n]`; with `y_kind` long `[b m]` tokens of the nearest kind go together,
+            whatever they hold: cosines are 3 lower for each step between kinds. None = all may.
         y_kind: see `x_kind`.
 
     Returns:
@@ -87,7 +99,7 @@ def most_similar(
             part = slice(begin, begin + step)
             score = x[:, part] @ y.mT
             if x_kind is not None and y_kind is not None:
-                score = score - 3.0 * (x_kind[:, part, None] != y_kind[:, None])
+                score = score - 3.0 * (x_kind[:, part, None] - y_kind[:, None]).abs()
             found = score.max(2)
             best.append(found.values)
             which.append(found.indices)
