@@ -11,12 +11,21 @@ from calls import BIAS, KEEP, call
 from fna_lab.attn.base import Context
 from fna_lab.attn.fna import FastNystromAttention
 from fna_lab.attn.landmarks.fps import FarthestPointLandmarks
+from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
+from fna_lab.attn.landmarks.kmeans import KMeansLandmarks
+from fna_lab.attn.landmarks.leverage import LeverageLandmarks
 from fna_lab.attn.landmarks.random import RandomLandmarks
 from fna_lab.attn.landmarks.segment import SegmentLandmarks
 from fna_lab.attn.linformer_pool import LinformerPoolAttention
 from fna_lab.attn.nystromformer import NystromformerAttention
+from fna_lab.attn.performer import PerformerAttention
+from fna_lab.attn.prune import PruneAttention
+from fna_lab.attn.solver.lstsq import LeastSquaresSolver
+from fna_lab.attn.solver.newton_schulz import NewtonSchulzSolver
 from fna_lab.attn.solver.pinv import PinvSolver
+from fna_lab.attn.solver.ridge import RidgeSolver
 from fna_lab.attn.subset import SubsetAttention
+from fna_lab.attn.tome import TomeAttention
 
 GAP = (torch.tensor([True] * 4 + [False] * 3 + [True] * 18)).expand(2, 1, 1, -1)  # a segment
 
@@ -97,3 +106,31 @@ def test_segments_that_do_not_fit_are_named(variant, num, words):
     with pytest.raises(ValueError, match=words):
         variant(num_landmarks=num)(q, q, q, context)
     assert variant(num_landmarks=6)(q, q, q, context).isfinite().all()
+
+
+WRONG = [
+    (FastNystromAttention, "per_head", "false"),
+    (FastNystromAttention, "clusters", "false"),
+    (FastNystromAttention, "exact_cls", 1),
+    (FastNystromAttention, "sketch", True),
+    (FastNystromAttention, "rows", float("nan")),
+    (FastNystromAttention, "guard", "x"),
+    (PerformerAttention, "num_features", True),
+    (PerformerAttention, "seed", "a"),
+    (TomeAttention, "ratio", False),
+    (PruneAttention, "keep", float("nan")),
+    (RandomLandmarks, "landmarks.seed", "x"),
+    (LeverageLandmarks, "landmarks.seed", 0.5),
+    (LeverageLandmarks, "landmarks.ridge", "a"),
+    (KMeansLandmarks, "landmarks.steps", True),
+    (GridFarthestPointLandmarks, "landmarks.share", True),
+    (RidgeSolver, "solver.ridge", "x"),
+    (NewtonSchulzSolver, "solver.iters", True),
+    (LeastSquaresSolver, "solver.tolerance", "x"),
+]
+
+
+@pytest.mark.parametrize(("part", "setting", "value"), WRONG)
+def test_settings_of_another_type_are_named(part, setting, value):
+    with pytest.raises(ValueError, match=f"attn.{setting}={value!r}: expected "):
+        part(**{setting.rpartition(".")[2]: value})

@@ -27,8 +27,8 @@ from fna_lab.mask.type1 import Type1Mask
 from fna_lab.mask.type2 import Type2Mask
 
 ROOT = Path(fna_lab.__file__).parent
-SHARED_FILES = {"__init__", "base", "classes", "guard", "layers", "reduced", "stopwatch"}
-ATTN = sorted({p.stem for p in (ROOT / "attn").glob("*.py")} - SHARED_FILES)
+SHARED_FILES = {"base", "classes", "guard", "layers", "reduced", "settings", "stopwatch"}
+ATTN = sorted({p.stem for p in (ROOT / "attn").glob("[a-z]*.py")} - SHARED_FILES)
 every_host = pytest.mark.parametrize("name", HOSTS)
 every_variant = pytest.mark.parametrize("attn", ATTN)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from fna_lab import ops
 from fna_lab.attn.base import Context, KeyMaskedAttention
 from fna_lab.attn.classes import DETECTED, read_classes, token_set
+from fna_lab.attn.settings import check_integer
 
 
 class BlockSvdAttention(KeyMaskedAttention):
@@ -28,8 +29,7 @@ class BlockSvdAttention(KeyMaskedAttention):
     """
 
     def __init__(self, *, rank: int = 4, partition: Sequence[str] = ("cls",)) -> None:
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"attn.rank={rank!r}: expected an integer >= 1.")
+        check_integer("attn.rank", rank)
         self.rank = rank
         self.partition = read_classes("attn.partition", partition)
         self.token_classes = tuple(c for c in DETECTED if c in self.partition)

@@ -16,6 +16,7 @@ from fna_lab.attn.landmarks.base import HEAD_SOURCES, LandmarkSampler, source_po
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
 from fna_lab.attn.layers import Counts
 from fna_lab.attn.reduced import LandmarkAttention, slot_of
+from fna_lab.attn.settings import check_flag, check_integer, check_number
 from fna_lab.attn.solver.base import Solver, check_solver
 from fna_lab.attn.solver.ridge import RidgeSolver
 
@@ -80,8 +81,9 @@ class FastNystromAttention(LandmarkAttention):
             exclude=exclude,
             per_head=per_head,
         )
-        if sketch is not None and (not isinstance(sketch, int) or sketch < 1):
-            raise ValueError(f"attn.sketch={sketch!r}: expected an integer >= 1, or null.")
+        check_integer("attn.sketch", sketch, optional=True)
+        for name, flag in (("exact_cls", exact_cls), ("clusters", clusters)):
+            check_flag(f"attn.{name}", flag)
         check_solver(solver)
         self.solver = solver or RidgeSolver()
         self.rows = _read_rows(rows, clusters=clusters, square=self.solver.square)
@@ -242,12 +244,11 @@ class FastNystromAttention(LandmarkAttention):
         return flops + (2 * tokens * num * dims if self.clusters else 0)
 
 
-def _read_rows(rows: object, *, clusters: bool, square: bool) -> float | None:
+def _read_rows(rows: float | None, *, clusters: bool, square: bool) -> float | None:
     """The setting `attn.rows`; 1 where nothing else is possible."""
     if rows is None:
         return None if clusters and not square else 1
-    if isinstance(rows, bool) or not isinstance(rows, int | float) or not 0 < rows < math.inf:
-        raise ValueError(f"attn.rows={rows!r}: expected a number > 0, or null.")
+    check_number("attn.rows", rows, "a number > 0, or null", above=0)
     if rows != 1 and not clusters:
         raise ValueError(f"attn.rows={rows}: expected 1 or null with attn.clusters=false.")
     if rows != 1 and square:

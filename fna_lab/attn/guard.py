@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab import ops
+from fna_lab.attn.settings import check_number
 from fna_lab.attn.solver.ridge import RidgeSolver
 
 Solve = Callable[[Tensor, Tensor], Tensor]
@@ -39,9 +39,7 @@ class Guard:
     """
 
     def __init__(self, threshold: float, *, probes: int = 32) -> None:
-        number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-        if not number or not 0 < threshold < math.inf:
-            raise ValueError(f"attn.guard={threshold!r}: expected a number > 0, or null for none.")
+        check_number("attn.guard", threshold, "a number > 0, or null for none", above=0)
         self.threshold = threshold
         self.probes = probes
         self.counts: dict[int, Tensor] = {}

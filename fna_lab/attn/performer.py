@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fna_lab import ops
 from fna_lab.attn.base import Context, KeyMaskedAttention
+from fna_lab.attn.settings import check_integer
 
 
 class PerformerAttention(KeyMaskedAttention):
@@ -22,8 +23,8 @@ class PerformerAttention(KeyMaskedAttention):
     joins = True
 
     def __init__(self, *, num_features: int = 256, seed: int = 0) -> None:
-        if not isinstance(num_features, int) or num_features < 1:
-            raise ValueError(f"attn.num_features={num_features!r}: expected an integer >= 1.")
+        check_integer("attn.num_features", num_features)
+        check_integer("attn.seed", seed, least=None)
         self.num_features = num_features
         self.seed = seed
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fna_lab import ops
 from fna_lab.attn.base import Context, KeyMaskedAttention
+from fna_lab.attn.settings import check_integer, check_number
 
 RESTORE = ("nearest", "zero")
 
@@ -34,12 +35,10 @@ class PruneAttention(KeyMaskedAttention):
     """
 
     def __init__(self, *, keep: float = 0.5, restore: str = "nearest", queries: int = 16) -> None:
-        if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1:
-            raise ValueError(f"attn.keep={keep!r}: expected a number above 0, up to 1.")
+        check_number("attn.keep", keep, "a number above 0, up to 1", above=0, most=1)
         if restore not in RESTORE:
             raise ValueError(f"attn.restore={restore!r}: expected one of {', '.join(RESTORE)}.")
-        if isinstance(queries, bool) or not isinstance(queries, int) or queries < 1:
-            raise ValueError(f"attn.queries={queries!r}: expected an integer >= 1.")
+        check_integer("attn.queries", queries)
         self.keep = keep
         self.restore = restore
         self.queries = queries

@@ -14,6 +14,7 @@ from fna_lab.attn.base import Context, KeyMaskedAttention
 from fna_lab.attn.classes import DETECTED, prefix_tokens, read_classes, token_set
 from fna_lab.attn.landmarks.base import HEAD_SOURCES, SOURCES, LandmarkSampler, sampled_points
 from fna_lab.attn.layers import BlockCounts, Counts, Renewal
+from fna_lab.attn.settings import check_flag
 
 
 class ReducedAttention(BlockCounts, KeyMaskedAttention):
@@ -121,6 +122,7 @@ class LandmarkAttention(ReducedAttention):
             )
         if source not in SOURCES:
             raise ValueError(f"attn.source={source!r}: expected one of {', '.join(SOURCES)}.")
+        check_flag("attn.per_head", per_head)
         if per_head and source not in HEAD_SOURCES:
             raise ValueError(
                 f"attn.per_head=true with attn.source={source}: heads differ in their q and k "

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle as Handle
 
 from fna_lab import ops
 from fna_lab.attn.base import AttentionVariant, Context
+from fna_lab.attn.settings import check_integer, check_number
 
 log = logging.getLogger(__name__)
 
@@ -66,15 +67,9 @@ class RegistersAttention(AttentionVariant):
             raise ValueError(f"attn.mode={mode!r}: expected one of {', '.join(MODES)}.")
         numbers = {"num_registers": num_registers, "count": count, "top_k": top_k}
         for name, value in numbers.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"attn.{name}={value!r}: expected an integer >= 1.")
-        whole = isinstance(highest_layer, int) and not isinstance(highest_layer, bool)
-        if highest_layer is not None and not (whole and highest_layer >= 0):
-            raise ValueError(
-                f"attn.highest_layer={highest_layer!r}: expected a block's index or null."
-            )
-        if not outlier_ratio > 0:
-            raise ValueError(f"attn.outlier_ratio={outlier_ratio!r}: expected a number > 0.")
+            check_integer(f"attn.{name}", value)
+        check_integer("attn.highest_layer", highest_layer, least=0, optional=True)
+        check_number("attn.outlier_ratio", outlier_ratio, "a number > 0", above=0)
         self.neurons = None if neurons is None else _read_neurons(neurons)
         self.num_extra_tokens = num_registers
         self.mode = mode

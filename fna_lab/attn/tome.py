@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fna_lab import ops
 from fna_lab.attn.base import Context, KeyMaskedAttention
+from fna_lab.attn.settings import check_number
 
 
 class TomeAttention(KeyMaskedAttention):
@@ -26,8 +27,7 @@ class TomeAttention(KeyMaskedAttention):
     """
 
     def __init__(self, *, ratio: float = 0.5) -> None:
-        if not isinstance(ratio, int | float) or not 0 <= ratio <= 0.5:
-            raise ValueError(f"attn.ratio={ratio!r}: expected a number from 0 to 0.5.")
+        check_number("attn.ratio", ratio, "a number from 0 to 0.5", least=0, most=0.5)
         self.ratio = ratio
 
     def attend(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fna_lab import ops
 from fna_lab.attn.landmarks.base import LandmarkSampler, highest
+from fna_lab.attn.settings import check_integer
 
 
 class AttentionLandmarks(LandmarkSampler):
@@ -23,8 +24,7 @@ class AttentionLandmarks(LandmarkSampler):
     reads = "attention"
 
     def __init__(self, *, queries: int = 16) -> None:
-        if isinstance(queries, bool) or not isinstance(queries, int) or queries < 1:
-            raise ValueError(f"attn.landmarks.queries={queries!r}: expected an integer >= 1.")
+        check_integer("attn.landmarks.queries", queries)
         self.queries = queries
 
     def drawn(

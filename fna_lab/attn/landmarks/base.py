@@ -19,16 +19,6 @@ HEAD_SOURCES = ("q", "k", "qk")
 SOURCES = ("input", "normed", *HEAD_SOURCES)
 
 
-def check_count(setting: str, value: object) -> None:
-    """Raise unless a setting of a sampler is a positive integer, or None.
-
-    Raises:
-        ValueError: naming the setting and its value.
-    """
-    if value is not None and (type(value) is not int or value < 1):
-        raise ValueError(f"attn.landmarks.{setting}={value!r}: expected an integer >= 1, or null.")
-
-
 class LandmarkSampler(ABC):
     """Chooses the tokens that stand for all; stateless, and blind to the other pictures.
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.landmarks.base import LandmarkSampler, check_count
+from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.attn.settings import check_integer
 
 
 class FarthestPointLandmarks(LandmarkSampler):
@@ -24,8 +25,8 @@ class FarthestPointLandmarks(LandmarkSampler):
     """
 
     def __init__(self, *, sketch: int | None = None, block: int | None = None) -> None:
-        check_count("sketch", sketch)
-        check_count("block", block)
+        check_integer("attn.landmarks.sketch", sketch, optional=True)
+        check_integer("attn.landmarks.block", block, optional=True)
         self.sketch = sketch
         self.block = block
 

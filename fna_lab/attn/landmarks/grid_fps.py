@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.landmarks.base import LandmarkSampler, check_count
+from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.attn.settings import check_integer, check_number
 
 
 class GridFarthestPointLandmarks(LandmarkSampler):
@@ -23,9 +24,8 @@ class GridFarthestPointLandmarks(LandmarkSampler):
     """
 
     def __init__(self, *, share: float = 0.5, sketch: int | None = 64) -> None:
-        check_count("sketch", sketch)
-        if not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise ValueError(f"attn.landmarks.share={share!r}: expected a number from 0 to 1.")
+        check_integer("attn.landmarks.sketch", sketch, optional=True)
+        check_number("attn.landmarks.share", share, "a number from 0 to 1", least=0, most=1)
         self.share = share
         self.sketch = sketch
 

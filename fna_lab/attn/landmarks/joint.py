@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.landmarks.base import LandmarkSampler, check_count
+from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.attn.settings import check_integer
 
 
 class JointLandmarks(LandmarkSampler):
@@ -25,11 +26,9 @@ class JointLandmarks(LandmarkSampler):
     """
 
     def __init__(self, *, text: int = 256, sketch: int | None = 64, block: int = 32) -> None:
-        if isinstance(text, bool) or not isinstance(text, int) or text < 0:
-            raise ValueError(f"attn.landmarks.text={text!r}: expected an integer >= 0.")
-        if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-            raise ValueError(f"attn.landmarks.block={block!r}: expected an integer >= 1.")
-        check_count("sketch", sketch)
+        check_integer("attn.landmarks.text", text, least=0)
+        check_integer("attn.landmarks.block", block)
+        check_integer("attn.landmarks.sketch", sketch, optional=True)
         self.text = text
         self.sketch = sketch
         self.block = block

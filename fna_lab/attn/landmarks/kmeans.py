@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.landmarks.base import LandmarkSampler, check_count
+from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.attn.settings import check_integer
 
 
 class KMeansLandmarks(LandmarkSampler):
@@ -21,9 +22,8 @@ class KMeansLandmarks(LandmarkSampler):
     """
 
     def __init__(self, *, steps: int = 3, sketch: int | None = 32) -> None:
-        if not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"attn.landmarks.steps={steps!r}: expected an integer >= 0.")
-        check_count("sketch", sketch)
+        check_integer("attn.landmarks.steps", steps, least=0)
+        check_integer("attn.landmarks.sketch", sketch, optional=True)
         self.steps = steps
         self.sketch = sketch
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fna_lab import ops
 from fna_lab.attn.landmarks.base import LandmarkSampler, highest
+from fna_lab.attn.settings import check_integer, check_number
 
 
 class LeverageLandmarks(LandmarkSampler):
@@ -20,8 +21,8 @@ class LeverageLandmarks(LandmarkSampler):
     """
 
     def __init__(self, *, ridge: float = 1e-2, seed: int = 0) -> None:
-        if not ridge > 0:
-            raise ValueError(f"attn.landmarks.ridge={ridge}: expected a number > 0.")
+        check_number("attn.landmarks.ridge", ridge, "a number > 0", above=0)
+        check_integer("attn.landmarks.seed", seed, least=None)
         self.ridge = ridge
         self.seed = seed
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.landmarks.base import LandmarkSampler, check_count
+from fna_lab.attn.landmarks.base import LandmarkSampler
+from fna_lab.attn.settings import check_integer
 
 
 class NcutLandmarks(LandmarkSampler):
@@ -27,9 +28,8 @@ class NcutLandmarks(LandmarkSampler):
     """
 
     def __init__(self, *, samples: int | None = 256, steps: int = 30) -> None:
-        check_count("samples", samples)
-        if type(steps) is not int or steps < 0:
-            raise ValueError(f"attn.landmarks.steps={steps!r}: expected an integer >= 0.")
+        check_integer("attn.landmarks.samples", samples, optional=True)
+        check_integer("attn.landmarks.steps", steps, least=0)
         self.samples = samples
         self.steps = steps
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fna_lab import ops
 from fna_lab.attn.landmarks.base import LandmarkSampler, highest
+from fna_lab.attn.settings import check_integer
 
 
 class RandomLandmarks(LandmarkSampler):
@@ -18,6 +19,7 @@ class RandomLandmarks(LandmarkSampler):
     """
 
     def __init__(self, *, seed: int = 0) -> None:
+        check_integer("attn.landmarks.seed", seed, least=None)
         self.seed = seed
 
     def __call__(

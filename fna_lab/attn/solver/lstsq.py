@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fna_lab import ops
+from fna_lab.attn.settings import check_number
 from fna_lab.attn.solver.base import Solver
 
 
@@ -20,8 +21,8 @@ class LeastSquaresSolver(Solver):
     """
 
     def __init__(self, *, tolerance: float = 1e-2) -> None:
-        if not 0 <= tolerance < 1:
-            raise ValueError(f"attn.solver.tolerance={tolerance}: expected a number from 0 to 1.")
+        words = "a number from 0 up to, but not, 1"
+        check_number("attn.solver.tolerance", tolerance, words, least=0, below=1)
         self.tolerance = tolerance
 
     def __call__(self, kernel: Tensor, values: Tensor) -> Tensor:

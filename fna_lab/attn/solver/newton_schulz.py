@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fna_lab import ops
+from fna_lab.attn.settings import check_integer
 from fna_lab.attn.solver.base import Solver
 
 
@@ -21,8 +22,7 @@ class NewtonSchulzSolver(Solver):
     square = True
 
     def __init__(self, *, iters: int = 6) -> None:
-        if not isinstance(iters, int) or iters < 0:
-            raise ValueError(f"attn.solver.iters={iters!r}: expected an integer >= 0.")
+        check_integer("attn.solver.iters", iters, least=0)
         self.iters = iters
 
     def __call__(self, kernel: Tensor, values: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fna_lab import ops
+from fna_lab.attn.settings import check_number
 from fna_lab.attn.solver.base import Solver
 
 
@@ -19,8 +20,7 @@ class RidgeSolver(Solver):
     """
 
     def __init__(self, *, ridge: float = 1e-3) -> None:
-        if not ridge > 0:
-            raise ValueError(f"attn.solver.ridge={ridge}: expected a number > 0.")
+        check_number("attn.solver.ridge", ridge, "a number > 0", above=0)
         self.ridge = ridge
 
     def __call__(self, kernel: Tensor, values: Tensor) -> Tensor:

@@ -1,0 +1,66 @@
+"""Checks of settings, in the words of the command line."""
+
+from __future__ import annotations
+
+import math
+
+
+def check_integer(
+    setting: str, value: object, *, least: int | None = 1, optional: bool = False
+) -> None:
+    """Raise unless a setting is an integer of at least `least`, or None where that is `optional`.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
+    if optional and value is None:
+        return
+    if (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and (least is None or value >= least)
+    ):
+        return
+    wanted = "an integer" if least is None else f"an integer >= {least}"
+    wanted += ", or null" if optional else ""
+    raise ValueError(f"{setting}={value!r}: expected {wanted}.")
+
+
+def check_number(
+    setting: str,
+    value: object,
+    expected: str,
+    *,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> None:
+    """Raise unless a setting is a finite number within bounds.
+
+    Args:
+        setting: its name.
+        value: what was given.
+        expected: the bounds in words.
+        above: it must be larger.
+        least: it must be at least that.
+        most: it must be at most that.
+        below: it must be smaller.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if above < value < below and least <= value <= most:
+            return
+    raise ValueError(f"{setting}={value!r}: expected {expected}.")
+
+
+def check_flag(setting: str, value: object) -> None:
+    """Raise unless a setting is true or false.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{setting}={value!r}: expected true or false.")
