@@ -129,6 +129,7 @@ def test_every_variant_is_one_file_and_one_yaml(group: str) -> None:
         "guard",
         "layers",
         "reduced",
+        "settings",
         "stopwatch",
         "shapes_world",
     }

@@ -20,7 +20,7 @@ from fna_lab.attn.settings import check_flag, check_integer, check_number
 from fna_lab.attn.solver.base import Solver, check_solver
 from fna_lab.attn.solver.ridge import RidgeSolver
 
-# By default so many landmarks are fitted, where there are as many.
+# Fewest landmarks that are fitted by default, where there are as many.
 LEAST_ROWS = 32
 
 

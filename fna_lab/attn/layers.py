@@ -54,9 +54,9 @@ class Renewal:
     """At which layers something is taken anew.
 
     Args:
-        renew: `every` layer; an integer n for every n of the replaced blocks; `never` or 0 after
-            the first of them; `settled` = every layer up to the middle of the host, where tokens
-            change most from one to the next, and every third beyond; and everywhere where
+        renew: `every` layer; an integer n for every n of the replaced blocks; `never` or 0 = at
+            the first of them alone; `settled` = every layer up to the middle of the host, where
+            tokens change most from one to the next, and every third beyond; and everywhere where
             gradients are asked for.
 
     Raises:

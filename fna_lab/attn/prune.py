@@ -1,4 +1,4 @@
-"""Token dropping by attention, undone behind each attention."""
+"""Token dropping by attention, undone after each attention."""
 
 from __future__ import annotations
 

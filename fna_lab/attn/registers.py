@@ -31,8 +31,8 @@ PLACES = {
 class RegistersAttention(AttentionVariant):
     """Exact attention with added register tokens, which take over the register neurons' work.
 
-    Zero tokens without a position are appended at the first replaced block and dropped behind the
-    last block of the host. In the MLP of a block that `neurons` names, behind the activation, each
+    Zero tokens without a position are appended at the first replaced block and dropped after the
+    last block of the host. In the MLP of a block that `neurons` names, after the activation, each
     register takes the neuron's entry of the largest magnitude over the patch tokens, sign kept,
     picture by picture and neuron by neuron; patch tokens lose it. CLS and the host's own registers
     stay as they are.
@@ -107,7 +107,7 @@ class RegistersAttention(AttentionVariant):
         """A copy with the neurons that fire most at the outlier tokens of these pictures.
 
         They are sought from the block where the registers are appended up to `highest_layer`.
-        Outliers are read behind the last block. Where no picture has any, the patch token of the
+        Outliers are read after the last block. Where no picture has any, the patch token of the
         largest norm of each stands in, and a warning says so. Pictures must be square: tokens that
         do not fit into the largest square grid are taken for prefix tokens.
 

@@ -1,4 +1,4 @@
-"""Token merging around attention, undone behind it."""
+"""Token merging around attention, undone after it."""
 
 from __future__ import annotations
 

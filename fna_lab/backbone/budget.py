@@ -41,7 +41,7 @@ class Plan:
         error: what was measured, end to end on the calibration pictures, at most the budget.
         pictures: how many pictures that were.
         landmarks: numbers of landmarks by block; the other blocks stay exact.
-        errors: relative error of the attention output behind the out-projection by block, with
+        errors: relative error of the attention output after the out-projection by block, with
             these landmarks, on exact inputs.
         gflops: attention of one picture in all blocks, selection included.
         exact_gflops: the same of exact attention.
@@ -85,7 +85,7 @@ def solve_budget(
     and every kind of feature, 1 - (mean cosine with exact features over its tokens) is at most
     the budget.
 
-    How: one pass with exact attention measures each block and candidate on exact inputs, behind
+    How: one pass with exact attention measures each block and candidate on exact inputs, after
     the out-projection; one pass a block tells how far its error reaches the features; errors that
     are far from one another add up, so the cheapest choice (in FLOPs, selection included) under a
     limit of the sum is a knapsack; the limit is moved until the choice, run end to end, keeps the

@@ -52,7 +52,8 @@ class AttentionSeam(TorchFunctionMode):
     """Hands each fused-attention call to `attend` and counts it.
 
     Args:
-        attend: called with q, k, v `[b h n d]` and the keywords `attn_mask` and `scale`.
+        attend: called with q, k, v `[b h n d]` and the keywords `attn_mask`, `scale` and
+            `is_causal`.
         where: the block's name, for messages.
         after: changes what `nn.MultiheadAttention` projects, `[b n c]`; None = nothing does. The
             projection of other hosts is a module, and takes a hook.

@@ -92,7 +92,7 @@ class TimmBackbone(Backbone):
         """Normalised pictures `[b 3 h w]` -> features."""
         tokens = self.host.forward_features(images)
         pooled = self.host.forward_head(tokens, pre_logits=True)
-        # Average-pooling models keep their final norm behind the pooling.
+        # Average-pooling models keep their final norm after the pooling.
         if isinstance(self.host.norm, nn.Identity):
             tokens = self.host.fc_norm(tokens)
         prefix = self.num_prefix_tokens

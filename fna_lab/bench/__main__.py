@@ -91,7 +91,7 @@ def main() -> None:
     try:
         settings = Settings(**asked)
         settings.check_used("selection" if selection else "attention", "--model", "--selection")
-        out.mkdir(parents=True, exist_ok=True)  # before minutes of measuring, not behind them
+        out.mkdir(parents=True, exist_ok=True)  # before minutes of measuring, not after
         rows = (bench_selection if selection else bench)(
             settings, lambda text: console.print(text, highlight=False)
         )

@@ -12,7 +12,7 @@ from fna_lab.finding.lab import Lab
 
 
 class SinkingShrinks(Finding):
-    """Compares the largest patch token behind the detection block, once all sinks are out."""
+    """Compares the largest patch token after the detection block, once all sinks are out."""
 
     number = 1
     claim = "Iterative sinking leaves smaller tokens than iterative masking."
@@ -42,7 +42,7 @@ class SinkingShrinks(Finding):
         """On the mean log ratio of the two, in pairs."""
         ratio = Mean.of((found["sinking"] / found["masking"]).log())
         says = (
-            f"largest norm behind block {backbone.anatomy.detect}: "
+            f"largest norm after block {backbone.anatomy.detect}: "
             "{change} after sinking than after masking, over {n} {samples}"
         )
         return compared(ratio, 0.0, says, "log_ratio", above=False, small=SMALL)

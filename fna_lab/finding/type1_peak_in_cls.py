@@ -13,7 +13,7 @@ from fna_lab.finding.lab import Lab
 
 
 class Type1PeakInCls(Finding):
-    """Where the largest activation behind the last block is, under Type I and untouched."""
+    """Where the largest activation after the last block is, under Type I and untouched."""
 
     number = 3
     claim = "The largest activation after Type I masking lies in CLS."

@@ -26,7 +26,7 @@ class Type2ControlsGrowth(Finding):
     )
 
     def measure(self, lab: Lab) -> dict[str, Tensor]:
-        """Largest norm among sinks behind the last block, in medians untouched, `[b]` each."""
+        """Largest norm among sinks after the last block, in medians untouched, `[b]` each."""
         sinks = lab.sinks()
         chosen = lab.of_patches(sinks)
         some = chosen.any(1)

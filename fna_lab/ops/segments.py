@@ -43,7 +43,7 @@ def segment_members(
 
 
 def averaging_weights(members: Tensor, num: int, dtype: torch.dtype) -> Tensor:
-    """Rows that average over clusters, for what no `cluster_means` takes.
+    """Averages over clusters as a matrix, for a bias that heads or pictures share.
 
     Args:
         members: the cluster of each token, long `[b n]`, 0 to num - 1; -1 = none.

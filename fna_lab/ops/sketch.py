@@ -16,7 +16,7 @@ def sketch_points(points: Tensor, dims: int, *, normed: bool = False, groups: in
         points: `[b n c]`.
         dims: so many dimensions, of a Gaussian draw with seed 0.
         normed: project layer-normed points, without the affine part. That takes no copy of them:
-            the mean falls to a draw without one, and the deviation is divided out behind it.
+            the mean falls to a draw without one, and the deviation is divided out after it.
         groups: cut the channels into so many runs and project each to its share of the
             dimensions, in so many times fewer operations. Where the runs differ alike from token
             to token, as those of keys do, distances scatter no more for it; where a few channels

@@ -35,7 +35,7 @@ MEASURES = {
     "ov": "ov: cosine of what a token sends (W_o v) with its own direction, by class",
     "suppression": "suppression: push along its own direction that a token receives, by class",
     "landmarks": "landmarks: how many of each class; coverage radius (1 = of farthest points)",
-    "growth": "growth: norm behind a block of the token that is largest at detection, and medians",
+    "growth": "growth: norm after a block of the token that is largest at detection, and medians",
     "velocity": "velocity: of a step against exact attention; teacher = from the same latents, "
     "free = each from its own",
     "decay": "decay: strongest sink (share), sinks left, norms (medians) as sinks are taken out",

@@ -86,7 +86,7 @@ def growth(record: Record, arrays: Arrays) -> Figure:
                  "label": label, "linestyle": ("-", "--", ":")[i]}  # fmt: skip
         left.plot(*canvas.series(metrics, f"growth/{name}"), **style)
         right.plot(*canvas.series(metrics, f"growth/{name}_median"), **style)
-    canvas.over_blocks(left, "norm behind the block")
+    canvas.over_blocks(left, "norm after the block")
     canvas.over_blocks(right, "median patch norm")
     detect = int(arrays["detect"])
     left.set_title(f"the patch token that is largest at block {detect}", fontsize=9)
@@ -98,7 +98,7 @@ def growth(record: Record, arrays: Arrays) -> Figure:
     maps = {name: on_grid(arrays[f"map_growth_{name}"][0, -1], record) for name in GROWTH}
     top = max(float(np.nanmax(values)) for values in maps.values())
     last = restart + arrays["map_growth_exact"].shape[1] - 1
-    below.suptitle(f"norms behind block {last}, first {samples(record)[:-1]}", fontsize=9)
+    below.suptitle(f"norms after block {last}, first {samples(record)[:-1]}", fontsize=9)
     for axes, (name, label) in zip(below.subplots(1, 4), [("", ""), *GROWTH.items()], strict=True):
         if not name:
             picture(axes, arrays["map_pixels"][0])

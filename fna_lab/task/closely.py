@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def growth(backbone: Backbone, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Norms behind the restart block with attention, without it, and without its bias.
+    """Norms after the restart block with attention, without it, and without its bias.
 
     Args:
         backbone: the model as it came.
