@@ -288,3 +288,12 @@ def test_tokens_are_gathered_alike_from_packed_rows_and_others(packed, batch):
     want = torch.stack([x[i][:, marks[i]] for i in range(batch)])
     assert torch.equal(ops.gather_tokens(x, marks), want)
     assert torch.equal(ops.gather_tokens(x.contiguous(), marks), want)
+
+
+@pytest.mark.parametrize("flag", ["own", "sunk"])
+def test_flags_about_removed_tokens_need_some(flag):
+    q, k, v = random_qkv()
+    marks = torch.tensor([[0, 5, 7], [1, 2, 3]])
+    members = ops.nearest_landmarks(k.mean(1), marks)
+    with pytest.raises(ValueError, match=f"Expected removed tokens with .*{flag}=True"):
+        ops.clustered_attention(q, k, v, marks, members, RIDGE, **{flag: True})

@@ -91,6 +91,27 @@ def test_a_neuron_that_makes_outliers_is_found(name):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_hosts_that_keep_tokens_first_have_the_same_neurons():
+    found = []
+    for batch_first in (True, False):
+        host, model, x = build("open_clip")
+        tower = model.visual.transformer
+        tower.batch_first = batch_first
+        for block in tower.resblocks:
+            block.attn.batch_first = batch_first
+        found.append(
+            find_register_neurons(
+                model,
+                x,
+                num=4,
+                run=lambda x, host=host, model=model: host.run(model, x),
+                prefix=host.prefix,
+                outliers=lambda x, prefix: ops.norm_ratio(x, prefix=prefix, ratio=1.05),
+            )
+        )
+    assert found[0] == found[1]
+
+
 def test_pictures_without_outliers_are_refused():
     _, model, x = build("timm vit")
     with pytest.raises(ValueError, match="None of the 3 pictures has an outlier token after bl"):

@@ -21,6 +21,7 @@ from fna_lab.backbone.blocks import find_blocks
 from fna_lab.backbone.named import resolve
 from fna_lab.backbone.parts import out_projection
 from fna_lab.backbone.patch import Patch, patch
+from fna_lab.backbone.seam import tokens_first
 
 log = logging.getLogger(__name__)
 
@@ -322,6 +323,6 @@ class _Bench:
             finally:
                 hook.remove()
         x = seen[-1]
-        x = x if x.shape[0] == len(pictures) else x.transpose(0, 1)
+        x = x.transpose(0, 1) if tokens_first(self.blocks[0]) else x
         patches = x[:, self.prefix : x.shape[1] - self.variant.num_extra_tokens]
         return [x[:, :1], patches] if self.has_cls else [patches]

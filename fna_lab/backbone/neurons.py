@@ -145,9 +145,11 @@ def find_register_neurons(
     prefix = says_prefix(model) if prefix is None else prefix
     run = model if run is None else run
     seen: list[Tensor] = []
+    turn = tokens_first(found[0])
 
     def keep(block: object, args: object, output: Tensor | tuple[Tensor, ...]) -> None:  # noqa: ARG001
-        seen.append(output[0] if isinstance(output, tuple) else output)
+        x = output[0] if isinstance(output, tuple) else output
+        seen.append(x.transpose(0, 1) if turn else x)
 
     handle = found[last].register_forward_hook(keep)
     try:
@@ -170,7 +172,8 @@ def find_register_neurons(
     for layer in range(highest + 1):
 
         def score(mlp: object, args: tuple[Tensor, ...], layer: int = layer) -> None:  # noqa: ARG001
-            scores[layer] = ops.register_neuron_scores(args[0], tokens, sparse_below=sparse_below)
+            said = args[0].transpose(0, 1) if turn else args[0]
+            scores[layer] = ops.register_neuron_scores(said, tokens, sparse_below=sparse_below)
 
         handles.append(mlp_output(found[layer]).register_forward_pre_hook(score))
     try:

@@ -213,6 +213,8 @@ def clustered_attention(
         tokens = rows
     if bias is not None and removed is not None:
         raise ValueError("Expected no bias with removed tokens.")
+    if removed is None and (own or sunk):
+        raise ValueError(f"Expected removed tokens with own={own} and sunk={sunk}, got None.")
     means, sizes = cluster_means(k, members, landmarks.shape[-1], runs=runs)
     sizes = each_head(sizes)
     distinct = keys is None if distinct is None else distinct
