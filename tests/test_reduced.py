@@ -48,10 +48,12 @@ def test_classes_that_leave_no_landmark_leave_one_that_is_no_padding(attn, sampl
     assert len(set(marks[0].tolist())) == 1 and out.abs().max() < 100
 
 
-def test_landmarks_of_heads_in_a_batch_without_pictures():
-    q, k, v, context = call()
+@pytest.mark.parametrize("padded", [False, True])
+def test_landmarks_of_heads_in_a_batch_without_pictures(padded):
+    q, k, v, context = call(attn_mask=KEEP[:0] if padded else None)
     context.x = context.x[:0]
-    variant = FastNystromAttention(num_landmarks=5, per_head=True)
+    context.classes = {"massive": torch.zeros(0, 25, dtype=torch.bool)}
+    variant = FastNystromAttention(num_landmarks=5, per_head=True, exclude=["massive"])
     assert variant(q[:0], k[:0], v[:0], context).shape == q[:0].shape
 
 

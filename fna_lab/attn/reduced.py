@@ -316,7 +316,7 @@ class LandmarkAttention(ReducedAttention):
             good = allowed.gather(1, picks)
             first = picks.gather(1, good.int().argmax(1, keepdim=True))
             if self.exclude and keys is not None:
-                kept = keys.repeat_interleave(len(picks) // len(keys), dim=0)
+                kept = keys.repeat_interleave(q.shape[1] if self.per_head else 1, dim=0)
                 none = ~good.any(1, keepdim=True)
                 first = torch.where(none, kept.int().argmax(1, keepdim=True), first)
             picks = torch.where(good, picks, first)

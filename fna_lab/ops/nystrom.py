@@ -165,7 +165,7 @@ def nystrom_chain(
             dead = each_head(dead)
             logits = logits.masked_fill(dead[:, :, None], -torch.inf)
             if gone is None:  # A stays one that can be inverted
-                alone = torch.full_like(logits[0, 0], -torch.inf).fill_diagonal_(0)
+                alone = logits.new_full(logits.shape[-2:], -torch.inf).fill_diagonal_(0)
                 logits = torch.where(dead[..., None], alone, logits)
                 gathered = gathered.masked_fill(dead[..., None], 0)
         kernel = logits.softmax(-1)
