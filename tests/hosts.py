@@ -147,3 +147,11 @@ def build(name: str, seed: int = 0) -> tuple[Host, nn.Module, torch.Tensor]:
         if any(word in key for word in ("in_proj_weight", "query.weight", "key.weight")):
             value.mul_(6)
     return host, model, torch.randn(3, 3, host.img_size, host.img_size)
+
+
+def set_batch_first(model: nn.Module, batch_first: bool) -> None:
+    """Let open_clip's vision tower keep hidden states `[b n c]`, or else `[n b c]`."""
+    tower = model.visual.transformer
+    tower.batch_first = batch_first
+    for block in tower.resblocks:
+        block.attn.batch_first = batch_first

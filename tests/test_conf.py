@@ -8,6 +8,7 @@ import inspect
 from pathlib import Path
 
 import pytest
+from folders import variants_in
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
@@ -120,21 +121,9 @@ def test_an_experiment_says_what_it_is_and_changes_what_exists(option: str) -> N
 def test_every_variant_is_one_file_and_one_yaml(group: str) -> None:
     package = importlib.import_module(f"fna_lab.{group.replace('/', '.')}")
     assert package.__file__ is not None
-    modules = {p.stem for p in Path(package.__file__).parent.glob("*.py")}
-    shared = {
-        "__init__",
-        "base",
-        "classes",
-        "closely",
-        "guard",
-        "layers",
-        "reduced",
-        "settings",
-        "stopwatch",
-        "shapes_world",
-    }
-    assert {p.stem for p in (CONF / group).glob("*.yaml")} == modules - shared
-    for name in modules - shared:
+    variants = variants_in(Path(package.__file__).parent)
+    assert {p.stem for p in (CONF / group).glob("*.yaml")} == variants
+    for name in variants:
         target = composed(f"{group}/{name}")["_target_"]
         assert target.rpartition(".")[0] == f"fna_lab.{group.replace('/', '.')}.{name}"
         assert get_object(target).__module__ == target.rpartition(".")[0]

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from folders import variants_in
 
 PACKAGE = Path(__file__).parents[1] / "fna_lab"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -117,18 +118,7 @@ GROUPS = ("attn", "attn/landmarks", "attn/solver", "mask", "mask/detector", "tas
 @pytest.mark.parametrize("group", GROUPS)
 def test_no_variant_imports_another_of_its_group(group: str) -> None:
     folder = PACKAGE / group
-    shared = {
-        "base",
-        "classes",
-        "closely",
-        "guard",
-        "layers",
-        "reduced",
-        "settings",
-        "stopwatch",
-        "__init__",
-    }
-    variants = {p.stem for p in folder.glob("*.py")} - shared
+    variants = variants_in(folder)
     for name in variants:
         for module in imports(folder / f"{name}.py"):
             other = module.removeprefix(f"fna_lab.{group.replace('/', '.')}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hosts import HOSTS, build
+from hosts import HOSTS, build, set_batch_first
 
 import fna_lab
 from fna_lab import ops
@@ -95,10 +95,7 @@ def test_hosts_that_keep_tokens_first_have_the_same_neurons():
     found = []
     for batch_first in (True, False):
         host, model, x = build("open_clip")
-        tower = model.visual.transformer
-        tower.batch_first = batch_first
-        for block in tower.resblocks:
-            block.attn.batch_first = batch_first
+        set_batch_first(model, batch_first)
         found.append(
             find_register_neurons(
                 model,

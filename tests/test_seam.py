@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from folders import variants_in
 from hosts import HOSTS, build
 from torch.overrides import _get_current_function_mode_stack
 
@@ -27,8 +28,7 @@ from fna_lab.mask.type1 import Type1Mask
 from fna_lab.mask.type2 import Type2Mask
 
 ROOT = Path(fna_lab.__file__).parent
-SHARED_FILES = {"base", "classes", "guard", "layers", "reduced", "settings", "stopwatch"}
-ATTN = sorted({p.stem for p in (ROOT / "attn").glob("[a-z]*.py")} - SHARED_FILES)
+ATTN = sorted(variants_in(ROOT / "attn"))
 every_host = pytest.mark.parametrize("name", HOSTS)
 every_variant = pytest.mark.parametrize("attn", ATTN)
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hosts import build
+from hosts import build, set_batch_first
 from torch import nn
 
 import fna_lab
@@ -105,10 +105,7 @@ def test_hosts_that_keep_tokens_first(mask):
     outputs, found = [], []
     for batch_first in (True, False):
         host, model, x = build("open_clip")
-        tower = model.visual.transformer
-        tower.batch_first = batch_first
-        for block in tower.resblocks:
-            block.attn.batch_first = batch_first
+        set_batch_first(model, batch_first)
         with fna_lab.patch(model, "exact", mask, **LATE) as patched:
             outputs.append(host.run(model, x))
             found.append(patched.tokens)
@@ -120,9 +117,7 @@ def test_hosts_that_keep_tokens_first(mask):
 @pytest.mark.parametrize(("attn", "mask"), [("exact", ProjectionMask()), ("fna", "none")])
 def test_as_many_pictures_as_tokens(batch_first, attn, mask):
     host, model, _ = build("open_clip")
-    model.visual.transformer.batch_first = batch_first
-    for block in model.visual.transformer.resblocks:
-        block.attn.batch_first = batch_first
+    set_batch_first(model, batch_first)
     x = torch.randn(26, 3, 80, 80)  # 26 tokens, too
     settings = {"num_landmarks": 6} if attn == "fna" else {}
     with fna_lab.patch(model, attn, mask, layers="2-3", **settings):

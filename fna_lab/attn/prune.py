@@ -55,7 +55,7 @@ class PruneAttention(KeyMaskedAttention):
     ) -> Tensor:
         """Rank, attend among the kept, and give every token its part."""
         prefix, size = context.num_prefix_tokens, q.shape[2]
-        count = min(size - prefix, self._kept(size - prefix))
+        count = self._kept(size - prefix)
         num = 1 if context.has_cls else self.queries
         rows = [0]
         if not context.has_cls:
@@ -70,8 +70,9 @@ class PruneAttention(KeyMaskedAttention):
         if bias is not None:
             mask = ops.gather_tokens(bias.expand(*q.shape[:3], size), kept)
             mask = ops.gather_tokens(mask.mT, kept).mT
-        if keys is not None:
-            mask = ops.only_keys(keys.gather(1, kept), mask)
+        alive = None if keys is None else keys.gather(1, kept)
+        if alive is not None:
+            mask = ops.only_keys(alive, mask)
         few = F.scaled_dot_product_attention(
             *(ops.gather_tokens(t, kept) for t in (q, k, v)), attn_mask=mask, scale=context.scale
         )
@@ -84,14 +85,14 @@ class PruneAttention(KeyMaskedAttention):
         theirs = feature.gather(1, kept[:, prefix:, None].expand(-1, -1, feature.shape[2]))
         # A removed token gives its output to nobody, while there are others.
         kinds = ()
-        if keys is not None:
-            kinds = torch.zeros_like(keys).long(), (~keys.gather(1, kept[:, prefix:])).long()
+        if keys is not None and alive is not None:
+            kinds = torch.zeros_like(keys).long(), (~alive[:, prefix:]).long()
         owner = ops.most_similar(feature, theirs, *kinds)[1] + prefix
         place = torch.arange(kept.shape[1], device=q.device).expand_as(kept)
         return ops.gather_tokens(few, owner.scatter(1, kept, place))
 
     def _kept(self, patches: int) -> int:
-        return max(1, round(self.keep * patches))
+        return min(patches, max(1, round(self.keep * patches)))
 
     def flops(self, tokens: int, *, heads: int, head_dim: int, channels: int, layers: int) -> int:
         """FLOPs of the attention of one picture, the ranking by CLS and the restoring included."""

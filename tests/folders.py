@@ -1,0 +1,24 @@
+"""Which files of a folder of variants are variants."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# Parts that the variants of a folder share.
+SHARED = {
+    "__init__",
+    "base",
+    "classes",
+    "closely",
+    "guard",
+    "layers",
+    "reduced",
+    "settings",
+    "shapes_world",
+    "stopwatch",
+}
+
+
+def variants_in(folder: Path) -> set[str]:
+    """Names of the variants of a folder: its files, but for those that they share."""
+    return {path.stem for path in folder.glob("*.py")} - SHARED
