@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,26 @@ def test_attention_alone(
             assert row["speedup"] == 1
     assert "against exact" in capsys.readouterr().out
     assert found["versions"]["torch"] and found["device"]["type"] == "cpu"
+
+
+def test_what_was_measured_before_an_interruption_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock, calls = cost.latency, list[int]()
+
+    def interrupted(*args: Any, **settings: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return clock(*args, **settings)
+
+    monkeypatch.setattr(cost, "latency", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        run(monkeypatch, tmp_path, "--tokens 50 101 --heads 2 --head-dim 8 --variants exact fna")
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [(row["tokens"], row["variant"]) for row in rows] == [(50, "exact"), (50, "fna")]
+    said = capsys.readouterr().out
+    assert "interrupted" in said and "fna" in said and str(tmp_path.name) in said
 
 
 def test_whole_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ def test_surroundings_are_plain_json() -> None:
     facts = record.surroundings(torch.device("cpu"))
     assert json.loads(json.dumps(facts)) == facts
     assert facts["versions"]["torch"] and facts["device"]["threads"] >= 1
+    assert torch.backends.cpu.get_cpu_capability() in facts["device"]["processor"]
     assert facts["git"] is None or len(facts["git"]["commit"]) == 40
 
 

@@ -186,7 +186,7 @@ def test_slow_calls_are_left_out_by_what_the_last_size_took() -> None:
     notes: list[str] = []
     settings = Settings(variants=["exact"], tokens=[50, 5000], heads=1, head_dim=4, slowest=1e-3,
                         seconds=0.01, least=1, memory=False, progress=False)  # fmt: skip
-    rows = attention.bench_attention(settings, notes.append)
+    rows = [*attention.bench_attention(settings, notes.append)]
     assert [row["tokens"] for row in rows] == [50]
     assert len(notes) == 1 and "exact is left out at 5000 tokens: a call would take" in notes[0]
     assert "--slowest 0.001" in notes[0]

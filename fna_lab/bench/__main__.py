@@ -18,6 +18,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ from fna_lab.bench.settings import DTYPES, MASKS, Settings
 from fna_lab.report.record import surroundings
 from fna_lab.report.table import make_console
 from fna_lab.report.timing_figures import plot
-from fna_lab.report.timings import slopes, timing_table
+from fna_lab.report.timings import device, slopes, timing_table
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,7 +80,7 @@ def _device(name: str) -> torch.device:
 
 
 def main() -> None:
-    """Read the command line, measure, show and save."""
+    """Read the command line, measure, save case by case, and show."""
     asked = vars(parser().parse_args())
     selection, chosen = asked.pop("selection"), asked.pop("out")
     asked.setdefault("device", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -87,30 +88,39 @@ def main() -> None:
         asked["masks"] = MASKS
     console = make_console()
     bench = bench_model if asked.get("model") else bench_attention
+    bench = bench_selection if selection else bench
+    rows: list[dict[str, Any]] = []
     out = chosen or Path("outputs/bench") / time.strftime("%Y-%m-%d_%H-%M-%S")
+    interrupted = False
     try:
         settings = Settings(**asked)
         settings.check_used("selection" if selection else "attention", "--model", "--selection")
         out.mkdir(parents=True, exist_ok=True)  # before minutes of measuring, not after
-        rows = (bench_selection if selection else bench)(
-            settings, lambda text: console.print(text, highlight=False)
-        )
+        arguments = {key: str(value) for key, value in vars(settings).items()}
+        arguments["selection"] = str(selection)
+        facts = {"arguments": arguments, **surroundings(settings.device)}
+        for row in bench(settings, lambda text: console.print(text, highlight=False)):
+            rows.append(row)
+            text = json.dumps(facts | {"slopes": slopes(rows), "rows": rows}, indent=2)
+            (out / "bench.json").write_text(text + "\n")
+    except KeyboardInterrupt:
+        interrupted = True
+        console.print("interrupted; what was measured until then:")
     except (ValueError, OSError) as error:
-        if chosen is None and out.is_dir():
+        if chosen is None and out.is_dir() and not rows:
             out.rmdir()
         said = isinstance(error, OSError) and error.strerror  # the system's own words
         sys.exit(f"error: --out {out}: {said}" if said else f"error: {error}")
     if not rows:
         sys.exit("error: nothing was measured; see the lines above.")
     console.print(timing_table(rows))
-    arguments = {key: str(value) for key, value in vars(settings).items()}
-    arguments["selection"] = str(selection)
-    facts = {"arguments": arguments, **surroundings(settings.device), "slopes": slopes(rows)}
-    (out / "bench.json").write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
+    console.print(f"  {device(facts)}", highlight=False)
     title = settings.model or f"attention, {settings.heads} heads of {settings.head_dim}"
     title = "selection" if selection else title
-    plot(rows, out / "bench.png", f"{title}, {settings.landmarks} landmarks")
+    plot(rows, out / "bench.png", f"{title}, {settings.landmarks} landmarks\n{device(facts)}")
     console.print(f"wrote {out}")
+    if interrupted:
+        sys.exit(130)  # as shells expect it
 
 
 if __name__ == "__main__":

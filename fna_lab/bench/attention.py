@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +93,10 @@ def random_inputs(
 
 def bench_attention(
     settings: Settings, say: Say, own: AttentionVariant | None = None
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Rows of one attention call, for every number of tokens, batch, dtype, variant and mask.
+
+    They come case by case, so that nobody who stops loses what was measured.
 
     Args:
         settings: what is measured.
@@ -132,17 +134,18 @@ def bench_attention(
                 why = f"it needs {least}"
             else:
                 try:
-                    found = _calls(name, variants.get(name), case, settings)
+                    calls = _calls(name, variants.get(name), case, settings)
                     with torch.no_grad():
-                        for run, _ in found.values():
+                        for run, _ in calls.values():
                             run()
-                    runs |= found
+                    runs |= calls
                 except Exception as error:  # one that needs more of a host than one call shows
                     why = str(error)
             if why is not None:
                 say(f"{name} is left out at {tokens} tokens: {why}")
-        rows += measure(runs, case, settings)
-    return rows
+        found = measure(runs, case, settings)
+        rows += found
+        yield from found
 
 
 def chosen_variants(settings: Settings, say: Say) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,10 +26,9 @@ class Free(AttentionVariant):
         return v
 
 
-def bench_model(settings: Settings, say: Say) -> list[dict[str, Any]]:
-    """Rows of a whole forward pass, beside one with free attention."""
+def bench_model(settings: Settings, say: Say) -> Iterator[dict[str, Any]]:
+    """Rows of a whole forward pass, beside one with free attention, case by case."""
     assert settings.model is not None
-    rows = []
     names = [n for n in chosen_variants(settings, say) if n not in packages.ATTENTION]
     names = ["exact", *(n for n in names if n != "exact")]
     cases = [
@@ -67,5 +66,4 @@ def bench_model(settings: Settings, say: Say) -> list[dict[str, Any]]:
             for name, p in patches.items()
         }
         case = {"tokens": backbone.num_tokens, "img_size": side, "batch": batch, "dtype": kind}
-        rows += measure(runs, case, settings)
-    return rows
+        yield from measure(runs, case, settings)

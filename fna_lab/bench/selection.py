@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.resources import as_file, files
 from typing import Any
 
@@ -26,8 +26,8 @@ SAMPLERS = ("grid_fps", "fps", "fps:block=32", "kmeans", "grid", "random", "segm
 
 def bench_selection(
     settings: Settings, say: Say, own: tuple[str, LandmarkSampler] | None = None
-) -> list[dict[str, Any]]:
-    """Rows of every sampler on every set of points.
+) -> Iterator[dict[str, Any]]:
+    """Rows of every sampler on every set of points, case by case.
 
     `coverage` is the radius of what it takes (largest distance of a point to the nearest one
     taken, in all dimensions) in radii of exact farthest points that begin with CLS; the mean over
@@ -45,7 +45,6 @@ def bench_selection(
             landmarks than points.
     """
     samplers = [*_samplers(settings, say), *([own] if own else [])]
-    rows = []
     cases = _model_inputs(settings) if settings.model else _synthetic_inputs(settings)
     fewest, num = min(x.shape[1] for _, x, _ in cases), settings.landmarks
     if num > fewest:
@@ -75,8 +74,7 @@ def bench_selection(
                 row["farthest"] = float(same.double().mean())
                 if "torch-quickfps" in times:
                     row["against_quickfps"] = cost.ratio(times, "torch-quickfps", name)
-                rows.append(row)
-    return rows
+                yield row
 
 
 def _samplers(settings: Settings, say: Say) -> list[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -47,12 +48,22 @@ def surroundings(device: torch.device) -> dict[str, Any]:
     """Git state, versions and device of this process."""
     versions = {"fna_lab": _version("fna-lab"), "python": platform.python_version()}
     versions |= {name: _version(name) for name in PACKAGES}
-    facts: dict[str, Any] = {"type": device.type, "processor": platform.machine()}
+    facts: dict[str, Any] = {"type": device.type, "processor": processor()}
     if device.type == "cuda":
         facts["name"] = torch.cuda.get_device_name(device)
     else:
         facts["threads"] = torch.get_num_threads()
     return {"git": _git(), "versions": versions, "device": facts}
+
+
+def processor() -> str:
+    """The name of this machine's processor, and the widest instructions that torch uses on it."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # only Linux has this file
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = named[0] if named else name
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def write(

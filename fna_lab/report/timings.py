@@ -105,4 +105,5 @@ def device(record: Mapping[str, Any]) -> str:
     if "name" in facts:
         return facts["name"]
     threads = facts["threads"]
-    return f"{facts['type']}, {threads} thread{'s' if threads > 1 else ''}"
+    said = f"{facts['type']}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{said}, {facts['processor']}"

@@ -123,13 +123,12 @@ slowest, rounds, least, seconds, memory: see `Settings`.
         settings.progress = self.trainer.progress_bar_callback is not None
         own = self.patched.attn
         if self.part == "attention":
-            rows = bench_attention(settings, notes.append, None if own.name == "exact" else own)
+            rows = [*bench_attention(settings, notes.append, None if own.name == "exact" else own)]
         else:
             sampler = getattr(own, "landmarks", None)
             mine = isinstance(sampler, LandmarkSampler)
-            rows = bench_selection(
-                settings, notes.append, (f"attn={own.name}", sampler) if mine else None
-            )
+            also = (f"attn={own.name}", sampler) if mine else None
+            rows = [*bench_selection(settings, notes.append, also)]
         if not rows:
             raise ValueError(f"task.tokens={list(settings.tokens)}: nothing fits; {notes[-1]}.")
         self.extra["timing"] = {
