@@ -12,6 +12,7 @@ SHARED = {
     "closely",
     "guard",
     "layers",
+    "neurons",
     "reduced",
     "settings",
     "shapes_world",

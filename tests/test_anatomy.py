@@ -10,7 +10,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from hosts import HOSTS, build
+from hosts import HOSTS, build, set_batch_first
 from test_tasks import measure
 
 import fna_lab
@@ -18,10 +18,10 @@ from fna_lab import ops
 from fna_lab.attn.base import Context, Removal
 from fna_lab.backbone.base import Backbone
 from fna_lab.backbone.blocks import find_blocks
-from fna_lab.backbone.parts import out_weight
 from fna_lab.backbone.replay import Replay
 from fna_lab.backbone.timm import TimmBackbone
 from fna_lab.data.shapes import ShapesData
+from fna_lab.hosts import out_weight
 from fna_lab.metric.alignment import directions, suppression_facts
 from fna_lab.metric.intervention import WithoutTokens, next_sink
 from fna_lab.metric.mass import attention_pattern, attention_sums, mass_facts, sink_facts
@@ -152,6 +152,18 @@ def test_blocks_that_run_again_do_the_same_again(name: str) -> None:
         assert torch.equal(again, once)
     with pytest.raises(ValueError, match="first=3, last=2"):
         Replay(blocks, lambda: None, 3, 2)
+
+
+def test_blocks_that_keep_tokens_first_run_again_alike() -> None:
+    found = []
+    for batch_first in (True, False):
+        host, model, pictures = build("open_clip")
+        set_batch_first(model, batch_first)
+        _, blocks = find_blocks(model)
+        replay = Replay(blocks, lambda host=host, model=model: host.run(model, pictures), 1, 3)
+        found.append([replay.inputs, *replay.outputs, *replay()])
+        assert replay.inputs.shape[0] == len(pictures)
+    torch.testing.assert_close(found[0], found[1])
 
 
 def backbone(prefix: int) -> Backbone:

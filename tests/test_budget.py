@@ -22,7 +22,7 @@ from fna_lab.attn.base import Context
 from fna_lab.attn.fna import FastNystromAttention
 from fna_lab.attn.layers import BlockCounts
 from fna_lab.backbone.named import named_attention
-from fna_lab.backbone.parts import out_projection
+from fna_lab.hosts import out_projection
 from fna_lab.mask.detector.norm_gap import NormGapDetector
 from fna_lab.mask.type1 import Type1Mask
 

@@ -10,7 +10,7 @@ import fna_lab
 from fna_lab import ops
 from fna_lab.backbone.blocks import find_blocks
 from fna_lab.backbone.neurons import find_register_neurons
-from fna_lab.backbone.parts import mlp_output
+from fna_lab.hosts import mlp_output
 from fna_lab.mask.detector.register_neurons import RegisterNeuronsDetector
 from fna_lab.mask.type1 import Type1Mask
 

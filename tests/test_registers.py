@@ -10,11 +10,11 @@ from hosts import HOSTS, build
 from hydra import compose, initialize_config_dir
 
 import fna_lab
-from fna_lab.attn.registers import RegistersAttention, _mlp_output
+from fna_lab.attn.registers import RegistersAttention
 from fna_lab.backbone.blocks import find_blocks
 from fna_lab.backbone.neurons import find_register_neurons
-from fna_lab.backbone.parts import mlp_output
 from fna_lab.cli import conf_dir
+from fna_lab.hosts import mlp_output
 from fna_lab.mask.detector.norm_ratio import NormRatioDetector
 from fna_lab.mask.replace import ReplaceMask
 from fna_lab.run import run
@@ -37,13 +37,6 @@ def spied(model, blocks, run):
     for handle in handles:
         handle.remove()
     return out, said, states
-
-
-@every_host
-def test_the_last_layer_of_the_mlp_is_found(name):
-    _, model, _ = build(name)
-    for block in find_blocks(model)[1]:
-        assert _mlp_output(block) is mlp_output(block)
 
 
 @every_host

@@ -12,7 +12,7 @@ import fna_lab
 from fna_lab import ops
 from fna_lab.attn.base import AttentionVariant
 from fna_lab.backbone.blocks import find_blocks
-from fna_lab.backbone.parts import out_projection
+from fna_lab.hosts import out_projection
 from fna_lab.mask.detector.cls_proxy import ClsProxyDetector
 from fna_lab.mask.detector.incoming import IncomingDetector
 from fna_lab.mask.detector.norm_gap import NormGapDetector

@@ -15,7 +15,9 @@ from torch.utils.hooks import RemovableHandle as Handle
 
 from fna_lab import ops
 from fna_lab.attn.base import AttentionVariant, Context
+from fna_lab.attn.neurons import firing_neurons
 from fna_lab.attn.settings import check_integer, check_number
+from fna_lab.hosts import given, hidden, mlp_output, tokens_first, with_given, with_hidden
 
 log = logging.getLogger(__name__)
 
@@ -125,39 +127,27 @@ class RegistersAttention(AttentionVariant):
                 f"attn.highest_layer={highest}: expected a block from {layers[0]}, where the "
                 "registers are appended (the first of attn.layers)."
             )
-        first = _tokens_first(blocks[0])
-        seen: list[Tensor] = []
-        handle = blocks[-1].register_forward_hook(
-            lambda block, args, out: seen.append(_batch_first(_state(out), first))  # noqa: ARG005
-        )
-        with torch.no_grad():
-            _run(forward, [handle])
-        tokens = self._outliers(torch.cat(seen))
-        scores: dict[int, list[Tensor]] = {layer: [] for layer in range(layers[0], highest + 1)}
-        done = dict.fromkeys(scores, 0)
-        handles = []
-        for layer in scores:
+        counted = [0, 0]
 
-            def score(mlp: object, args: tuple[Tensor, ...], layer: int = layer) -> None:  # noqa: ARG001
-                said = _batch_first(args[0], first)
-                mine = tokens[done[layer] : done[layer] + len(said)]
-                done[layer] += len(said)
-                scores[layer].append(ops.register_neuron_scores(said, mine) * mine.any(1).sum())
+        def outliers(x: Tensor) -> Tensor:
+            found = self._outliers(x)
+            counted[:] = len(x), int(found.sum())
+            return found
 
-            handles.append(_mlp_output(blocks[layer]).register_forward_pre_hook(score))
-        with torch.no_grad():
-            _run(forward, handles)
-        table = torch.stack([torch.stack(scores[layer]).sum(0) for layer in scores])
         settled = copy.copy(self)
-        settled.neurons = ops.top_register_neurons(
-            table, min(self.top_k, table.numel()), layers=list(scores)
+        settled.neurons = firing_neurons(
+            forward,
+            blocks,
+            range(layers[0], highest + 1),
+            outliers,
+            outliers_at=len(blocks) - 1,
+            num=self.top_k,
         )
         settled.calibration_pictures = 0
         log.info(
             "attn.neurons=%s, found on %d pictures with %d outlier tokens",
             str([list(pair) for pair in settled.neurons]).replace(" ", ""),
-            len(tokens),
-            int(tokens.sum()),
+            *counted,
         )
         return settled
 
@@ -201,32 +191,27 @@ class RegistersAttention(AttentionVariant):
                     f"attn.neurons={[[layer, neuron]]}: expected a block from {layers[0]}, where "
                     f"the registers are appended (the first of attn.layers), to {len(blocks) - 1}."
                 )
-            width = _mlp_output(blocks[layer]).in_features
+            width = mlp_output(blocks[layer]).in_features
             if neuron >= width:
                 raise ValueError(
                     f"attn.neurons={[[layer, neuron]]}: block {layer} has {width} neurons, "
                     f"0 to {width - 1}."
                 )
-        extra = self.num_extra_tokens
-        axis = 0 if _tokens_first(blocks[layers[0]]) else 1
+        turn, extra = tokens_first(blocks[layers[0]]), self.num_extra_tokens
 
-        def append(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG001
+        def append(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if not enabled():
                 return None
             self._check_places(kwargs)
-            name = next((n for n in ("hidden_states", "x") if n in kwargs), "")
-            x = args[0] if args else kwargs[name]
-            shape = list(x.shape)
-            shape[axis] = extra
-            x = torch.cat([x, x.new_zeros(shape)], dim=axis)
-            return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
+            x = hidden(args, kwargs, type(block).__name__, turn=turn)
+            more = x.new_zeros((len(x), extra, x.shape[2]))
+            return with_hidden(args, kwargs, torch.cat([x, more], dim=1), turn=turn)
 
         def drop(block: nn.Module, args: Any, out: Any) -> Any:  # noqa: ARG001
             if not enabled():
                 return None
-            x = _state(out)
-            x = x.narrow(axis, 0, x.shape[axis] - extra)
-            return (x, *out[1:]) if isinstance(out, tuple) else x
+            x = given(out, turn=turn)
+            return with_given(out, x[:, : x.shape[1] - extra], turn=turn)
 
         found = [blocks[layers[0]].register_forward_pre_hook(append, with_kwargs=True)]
         found.append(blocks[-1].register_forward_hook(drop))
@@ -236,11 +221,11 @@ class RegistersAttention(AttentionVariant):
             def move(mlp: nn.Module, args: tuple[Tensor], some: list[int] = some) -> Any:  # noqa: ARG001
                 if not enabled():
                     return None
-                said = _batch_first(args[0], axis == 0)
+                said = args[0].transpose(0, 1) if turn else args[0]
                 out = self._moved(said, some, prefix(said))
-                return (_batch_first(out, axis == 0), *args[1:])
+                return (out.transpose(0, 1) if turn else out, *args[1:])
 
-            found.append(_mlp_output(blocks[layer]).register_forward_pre_hook(move))
+            found.append(mlp_output(blocks[layer]).register_forward_pre_hook(move))
         return found
 
     def _moved(self, said: Tensor, some: list[int], prefix: int) -> Tensor:
@@ -276,33 +261,3 @@ def _read_neurons(neurons: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     if not found or any(len(pair) != 2 for pair in found) or not whole:
         raise ValueError(f"attn.neurons={neurons!r}: expected [[block, neuron], ...] or null.")
     return [(layer, neuron) for layer, neuron in found]
-
-
-def _mlp_output(block: nn.Module) -> nn.Linear:
-    """The last layer of a block that narrows: its input are the neurons after the activation."""
-    linear = [part for part in block.modules() if isinstance(part, nn.Linear)]
-    found = [part for part in linear if part.in_features > part.out_features]
-    if not found:
-        raise ValueError(f"attn=registers: {type(block).__name__} has no MLP that narrows.")
-    return found[-1]
-
-
-def _tokens_first(block: nn.Module) -> bool:
-    """Whether hidden states are `[n b c]`, as some hosts of `nn.MultiheadAttention` keep them."""
-    return any(isinstance(p, nn.MultiheadAttention) and not p.batch_first for p in block.modules())
-
-
-def _batch_first(x: Tensor, tokens_first: bool) -> Tensor:
-    return x.transpose(0, 1) if tokens_first else x
-
-
-def _state(out: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out
-
-
-def _run(forward: Callable[[], object], handles: Sequence[Handle]) -> None:
-    try:
-        forward()
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -14,9 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from fna_lab import ops
 from fna_lab.attn.base import Context
 from fna_lab.attn.registers import PLACES
-from fna_lab.backbone.parts import out_projection
-from fna_lab.backbone.seam import tokens_first
 from fna_lab.backbone.search import Pass
+from fna_lab.hosts import given, out_projection, tokens_first, with_given
 from fna_lab.mask.base import Mask
 
 
@@ -124,9 +123,8 @@ class Adjuster:
                 f"mask={self.mask.name} appended tokens that {len(self.span) - state.ran} of the "
                 "blocks behind know nothing of; another patch has taken these blocks."
             )
-        x, axis = out[0] if isinstance(out, tuple) else out, 0 if self._turn else 1
-        x = x.narrow(axis, 0, x.shape[axis] - state.appended.shape[1])
-        return (x, *out[1:]) if isinstance(out, tuple) else x
+        x = given(out, turn=self._turn)
+        return with_given(out, x[:, : x.shape[1] - state.appended.shape[1]], turn=self._turn)
 
     def before(
         self, context: Context, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None

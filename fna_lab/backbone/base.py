@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 from fna_lab.backbone.blocks import find_blocks, says_cls
-from fna_lab.backbone.parts import WithoutBias, out_projection, out_weight
 from fna_lab.backbone.replay import Replay
+from fna_lab.backbone.without_bias import WithoutBias
+from fna_lab.hosts import out_projection, out_weight
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,8 @@ from fna_lab.attn.layers import parse_layers
 from fna_lab.attn.reduced import ReducedAttention
 from fna_lab.backbone.blocks import find_blocks
 from fna_lab.backbone.named import resolve
-from fna_lab.backbone.parts import out_projection
 from fna_lab.backbone.patch import Patch, patch
-from fna_lab.backbone.seam import tokens_first
+from fna_lab.hosts import noted, out_projection
 
 log = logging.getLogger(__name__)
 
@@ -312,17 +311,8 @@ class _Bench:
         with patched.uncounted():
             if self.features is not None:
                 return list(self.features(pictures))
-            seen: list[Tensor] = []
-
-            def keep(block: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
-                seen.append(output[0] if isinstance(output, tuple) else output)
-
-            hook = self.blocks[-1].register_forward_hook(keep)
-            try:
+            with noted(self.blocks[-1:]) as seen:
                 self.model(pictures)
-            finally:
-                hook.remove()
         x = seen[-1]
-        x = x.transpose(0, 1) if tokens_first(self.blocks[0]) else x
         patches = x[:, self.prefix : x.shape[1] - self.variant.num_extra_tokens]
         return [x[:, :1], patches] if self.has_cls else [patches]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fna_lab import ops
+from fna_lab.attn.neurons import firing_neurons
 from fna_lab.backbone.blocks import find_blocks, says_prefix
-from fna_lab.backbone.parts import mlp_output
-from fna_lab.backbone.seam import tokens_first
+from fna_lab.hosts import mlp_output, tokens_first
 
 Run = Callable[[Tensor], object]
 
@@ -107,8 +107,7 @@ def find_register_neurons(
 ) -> list[tuple[int, int]]:
     """The MLP neurons that fire most where the outlier tokens of these pictures are.
 
-    The model runs twice, so that no activations are kept: once for the outlier tokens, once for
-    the scores, one block at a time.
+    See `firing_neurons`, which does it.
 
     Args:
         model: a timm, open_clip or transformers ViT.
@@ -144,47 +143,28 @@ def find_register_neurons(
         raise ValueError(f"highest={highest}: the host has {depth} blocks, 0 to {depth - 1}.")
     prefix = says_prefix(model) if prefix is None else prefix
     run = model if run is None else run
-    seen: list[Tensor] = []
-    turn = tokens_first(found[0])
 
-    def keep(block: object, args: object, output: Tensor | tuple[Tensor, ...]) -> None:  # noqa: ARG001
-        x = output[0] if isinstance(output, tuple) else output
-        seen.append(x.transpose(0, 1) if turn else x)
+    def marked(x: Tensor) -> Tensor:
+        tokens = _heavy(x, prefix, kept) if outliers is None else outliers(x, prefix)
+        tokens = tokens if kept is None else tokens & kept.to(tokens.device)
+        if not tokens.any():
+            raise ValueError(
+                f"None of the {len(tokens)} pictures has an outlier token after block {last}, so "
+                "there is nothing that register neurons could be found by; expected a host with "
+                "massive tokens, or a lower threshold."
+            )
+        return tokens
 
-    handle = found[last].register_forward_hook(keep)
-    try:
-        with torch.no_grad():
-            run(pictures)
-    finally:
-        handle.remove()
-    mark = partial(_heavy, kept=kept) if outliers is None else outliers
-    tokens = mark(seen[0], prefix)
-    if kept is not None:
-        tokens = tokens & kept.to(tokens.device)
-    if not tokens.any():
-        raise ValueError(
-            f"None of the {len(tokens)} pictures has an outlier token after block {last}, so "
-            "there is nothing that register neurons could be found by; expected a host with "
-            "massive tokens, or a lower threshold."
-        )
-    scores: dict[int, Tensor] = {}
-    handles = []
-    for layer in range(highest + 1):
-
-        def score(mlp: object, args: tuple[Tensor, ...], layer: int = layer) -> None:  # noqa: ARG001
-            said = args[0].transpose(0, 1) if turn else args[0]
-            scores[layer] = ops.register_neuron_scores(said, tokens, sparse_below=sparse_below)
-
-        handles.append(mlp_output(found[layer]).register_forward_pre_hook(score))
-    try:
-        with torch.no_grad():
-            run(pictures)
-    finally:
-        for handle in handles:
-            handle.remove()
-    layers: Sequence[int] = sorted(scores)
-    return ops.top_register_neurons(torch.stack([scores[i] for i in layers]), num, layers=layers)
+    return firing_neurons(
+        lambda: run(pictures),
+        found,
+        range(highest + 1),
+        marked,
+        outliers_at=last,
+        num=num,
+        sparse_below=sparse_below,
+    )
 
 
-def _heavy(x: Tensor, prefix: int, kept: Tensor | None = None) -> Tensor:
+def _heavy(x: Tensor, prefix: int, kept: Tensor | None) -> Tensor:
     return ops.norm_ratio(x, prefix=prefix, ratio=3.0, kept=kept)

@@ -25,13 +25,11 @@ from fna_lab.backbone.seam import (
     EnterSeam,
     LeaveSeam,
     Probed,
-    hidden,
     kept_of,
     text_of,
-    tokens_first,
-    with_hidden,
 )
 from fna_lab.backbone.search import Again, Finder, Found, Pass, Search, rows_of
+from fna_lab.hosts import hidden, tokens_first, with_hidden
 from fna_lab.mask.base import Mask
 
 Observer = Callable[[Tensor, Tensor, Tensor, Context], None]

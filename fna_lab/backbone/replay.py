@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fna_lab.backbone.seam import hidden, with_hidden
+from fna_lab.hosts import given, hidden, noted, tokens_first, with_hidden
 
 
 class Replay:
@@ -37,27 +37,24 @@ class Replay:
             raise ValueError(
                 f"Expected 0 <= first <= last < {len(blocks)}, got first={first}, last={last}."
             )
-        self.outputs: list[Tensor] = []
         self._blocks = blocks
+        self._turn = tokens_first(blocks[first])
         self._span = range(first, last + 1)
         self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         hooks = []
-        for layer, block in enumerate(blocks):
-            if layer in self._span:
+        for layer in self._span:
 
-                def note(_: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
-                    self._calls[layer] = args, kwargs
+            def note(_: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
+                self._calls[layer] = args, kwargs
 
-                hooks.append(block.register_forward_pre_hook(note, with_kwargs=True))
-            hooks.append(
-                block.register_forward_hook(lambda _, __, out: self.outputs.append(_first(out)))
-            )
+            hooks.append(blocks[layer].register_forward_pre_hook(note, with_kwargs=True))
         try:
-            run()
+            with noted(blocks) as self.outputs:
+                run()
         finally:
             for hook in hooks:
                 hook.remove()
-        self.inputs = hidden(*self._calls[first], f"{first}")
+        self.inputs = hidden(*self._calls[first], f"{first}", turn=self._turn)
 
     def __call__(self) -> list[Tensor]:
         """What the blocks give now, `[b n c]` each."""
@@ -65,10 +62,6 @@ class Replay:
         for layer in self._span:
             args, kwargs = self._calls[layer]
             if found:
-                args, kwargs = with_hidden(args, kwargs, found[-1])
-            found.append(_first(self._blocks[layer](*args, **kwargs)))
+                args, kwargs = with_hidden(args, kwargs, found[-1], turn=self._turn)
+            found.append(given(self._blocks[layer](*args, **kwargs), turn=self._turn))
         return found
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

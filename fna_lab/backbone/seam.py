@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fna_lab import ops
+from fna_lab.hosts import hidden
 
 Attend = Callable[..., Tensor]
 # Queries, keys, mask and scale of one attention call.
@@ -264,12 +265,6 @@ class LeaveSeam:
             )
 
 
-def tokens_first(block: nn.Module) -> bool:
-    """Whether a block takes and gives `[n b c]`, as its `nn.MultiheadAttention` does."""
-    heads = [part for part in block.modules() if isinstance(part, nn.MultiheadAttention)]
-    return any(not part.batch_first for part in heads)
-
-
 def is_joint(block: nn.Module) -> bool:
     """Whether a block attends over its own tokens and those of a text behind them."""
     # diffusers' JointTransformerBlock; those that put the text first have no such attribute.
@@ -281,40 +276,6 @@ def text_of(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if not is_joint(block):
         return None
     return args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
-
-
-def hidden(
-    args: tuple[Any, ...], kwargs: dict[str, Any], where: str, *, turn: bool = False
-) -> Tensor:
-    """The hidden states `[b n c]` among a block's arguments.
-
-    Args:
-        args: its positional arguments and
-        kwargs: those by name.
-        where: its name, for messages.
-        turn: whether it takes them as `[n b c]`.
-
-    Raises:
-        NotImplementedError: there are none of that shape.
-    """
-    x = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
-    if isinstance(x, Tensor) and x.ndim == 3:
-        return x.transpose(0, 1) if turn else x
-    shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-    raise NotImplementedError(
-        f"Block {where} receives {shape}; expected hidden states [batch tokens channels]. "
-        "Windowed hosts are not supported."
-    )
-
-
-def with_hidden(
-    args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, *, turn: bool = False
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a block with other hidden states `[b n c]`; see `hidden`."""
-    x = x.transpose(0, 1) if turn else x
-    if args:
-        return (x, *args[1:]), kwargs
-    return args, kwargs | {"hidden_states" if "hidden_states" in kwargs else "x": x}
 
 
 def kept_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_map
 from fna_lab import ops
 from fna_lab.attn.base import Removal
 from fna_lab.backbone.neurons import NeuronTap
-from fna_lab.backbone.seam import AttentionSeam, Call, Probed, hidden, tokens_first, with_hidden
+from fna_lab.backbone.seam import AttentionSeam, Call, Probed
+from fna_lab.hosts import given, hidden, tokens_first, with_hidden
 from fna_lab.mask.detector.base import Detector, Evidence
 
 
@@ -323,8 +324,7 @@ class Finder:
         args, kwargs = with_hidden(args, kwargs, again.x, turn=self.turn)
         with self.seam(layer, again):  # forward, not the call: hooks belong to the main pass
             out = self.blocks[layer].forward(*args, **kwargs)
-        out = out[0] if isinstance(out, tuple) else out
-        return out.transpose(0, 1) if self.turn else out
+        return given(out, turn=self.turn)
 
     def _hidden(self, layer: int, state: Pass) -> Tensor:
         return hidden(*state.calls[layer], f"{layer}", turn=self.turn)

@@ -16,6 +16,7 @@ from fna_lab.attn.base import AttentionVariant, Context
 from fna_lab.backbone.base import Backbone, Features
 from fna_lab.backbone.patch import Patch, patch
 from fna_lab.backbone.replay import Replay
+from fna_lab.hosts import noted
 from fna_lab.mask.base import Mask
 from fna_lab.mask.detector.base import Detector, Evidence
 from fna_lab.mask.detector.cls_proxy import ClsProxyDetector
@@ -211,20 +212,12 @@ class Lab:
         """
         if layers is None:
             layers = range(self.backbone.anatomy.mask, self.backbone.depth)
-        hidden: list[Tensor] = []
-
-        def keep(block: Any, args: Any, output: Any) -> None:  # noqa: ARG001
-            hidden.append(output[0] if isinstance(output, tuple) else output)
-
-        hooks = []
         handle = self._patched(attn, mask, layers, **settings)
         try:
-            hooks = [b.register_forward_hook(keep) for b in self.backbone.blocks]
-            features = self.backbone(self.images)
+            with noted(self.backbone.blocks) as hidden:
+                features = self.backbone(self.images)
             return Trace(hidden, features, handle.tokens, handle.ranks, handle.strengths)
         finally:
-            for hook in hooks:
-                hook.remove()
             handle.remove()
 
     def _patched(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from fna_lab.hosts import noted
 from fna_lab.metric.fidelity import (
     LayerError,
     NeighbourAgreement,
@@ -69,14 +70,5 @@ class Fidelity(Task):
         return found | {f"layer_error/{i:02d}": error for i, error in enumerate(errors)}
 
     def _run(self, images: Tensor) -> tuple[Features, list[Tensor]]:
-        hidden: list[Tensor] = []
-
-        def keep(block: Any, args: Any, output: Any) -> None:  # noqa: ARG001
-            hidden.append(output[0] if isinstance(output, tuple) else output)
-
-        hooks = [block.register_forward_hook(keep) for block in self.patched.blocks]
-        try:
+        with noted(self.patched.blocks) as hidden:
             return self.features(images), hidden
-        finally:
-            for hook in hooks:
-                hook.remove()

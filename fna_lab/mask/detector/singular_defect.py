@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fna_lab import ops
+from fna_lab.hosts import given
 from fna_lab.mask.detector.base import Detector, Evidence, check_positive
 
 
@@ -119,9 +120,9 @@ def _one_token(block: nn.Module, layer: int, x: Tensor) -> Tensor:
     for side in (1, 0):  # hosts keep tokens second or first
         try:
             out = block.forward(x.unsqueeze(side), **more)
-            out = (out[0] if isinstance(out, tuple) else out).squeeze(side)
+            out = given(out).squeeze(side)
             alone = block.forward(x[:2].unsqueeze(side), **more)
-            alone = (alone[0] if isinstance(alone, tuple) else alone).squeeze(side)
+            alone = given(alone).squeeze(side)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             reasons.append(str(error).split("\n")[0])
             continue

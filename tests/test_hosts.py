@@ -9,7 +9,8 @@ from hosts import HOSTS, build
 import fna_lab
 from fna_lab.attn.base import AttentionVariant
 from fna_lab.backbone.blocks import find_blocks
-from fna_lab.backbone.parts import WithoutBias, mlp_output, out_projection, out_weight
+from fna_lab.backbone.without_bias import WithoutBias
+from fna_lab.hosts import mlp_output, out_projection, out_weight
 
 every_host = pytest.mark.parametrize("name", HOSTS)
 
