@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fna_lab import ops
+
 ATTENTION = ("attn", "attention")
 # How hosts call the factor of the attention branch: timm, open_clip, transformers, BEiT.
 SCALES = ("ls1.", "ls_1.", "layer_scale1.", "gamma_1")
@@ -55,6 +57,25 @@ def with_hidden(
     if args:
         return (x, *args[1:]), kwargs
     return args, kwargs | {"hidden_states" if "hidden_states" in kwargs else "x": x}
+
+
+def is_joint(block: nn.Module) -> bool:
+    """Whether a block attends over its own tokens and those of a text behind them."""
+    # diffusers' JointTransformerBlock; those that put the text first have no such attribute.
+    return isinstance(getattr(block, "context_pre_only", None), bool)
+
+
+def text_of(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The text tokens `[b t c]` that a joint block is handed; None in other blocks."""
+    if not is_joint(block):
+        return None
+    return args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
+
+
+def kept_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Tokens that are no padding, bool `[b n]`, by the mask that a block is handed; else None."""
+    masks = (part for part in (*args, *kwargs.values()) if isinstance(part, Tensor))
+    return next((kept for kept in map(ops.kept_tokens, masks) if kept is not None), None)
 
 
 def given(out: Any, *, turn: bool = False) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +161,10 @@ def test_blocks_that_keep_tokens_first_run_again_alike() -> None:
         host, model, pictures = build("open_clip")
         set_batch_first(model, batch_first)
         _, blocks = find_blocks(model)
-        replay = Replay(blocks, lambda host=host, model=model: host.run(model, pictures), 1, 3)
+        replay = Replay(blocks, partial(host.run, model, pictures), 1, 3)
         found.append([replay.inputs, *replay.outputs, *replay()])
         assert replay.inputs.shape[0] == len(pictures)
-    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
 
 
 def backbone(prefix: int) -> Backbone:

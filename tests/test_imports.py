@@ -22,7 +22,7 @@ KERNELS = {PACKAGE / "ops/kernels" / name for name in ("nystrom.py", "points.py"
 # Part of the package -> what it may import of the package beside itself.
 MAY = {
     "ops": (),
-    "hosts": (),
+    "hosts": ("ops",),
     "attn": ("ops", "hosts"),
     "mask": ("ops", "hosts"),
     "backbone": ("ops", "hosts", "attn", "mask"),

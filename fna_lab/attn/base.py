@@ -261,16 +261,17 @@ class KeyMaskedAttention(AttentionVariant):
 
     def keys(self, q: Tensor, context: Context) -> tuple[Tensor | None, Tensor | None]:
         """Keys that may be attended to, bool `[b n]` (None = all), and the bias of the logits."""
-        keys, bias = self._split(context.attn_mask, q)
+        keys, bias = self._split(context, q)
         if context.removed is not None:
             keys = ~context.removed if keys is None else keys & ~context.removed
         return keys, bias
 
-    def _split(self, attn_mask: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _split(self, context: Context, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The host's mask as (keys that may be attended to `[b n]`, bias of the logits).
 
-        Waits for the device where the mask of keys is no bool: whether it is a bias as well.
+        Waits for the device where the mask is no bool: is it a bias as well, does it bar pairs?
         """
+        attn_mask = context.attn_mask
         if attn_mask is None:
             return None, None
         keys = ops.kept_tokens(attn_mask)
@@ -282,10 +283,15 @@ class KeyMaskedAttention(AttentionVariant):
                 asked = torch.compiler.is_compiling() or bool(bias.any())
                 bias = bias.expand(-1, -1, q.shape[2], -1) if asked else None
             return keys.expand(q.shape[0], -1), bias
-        if attn_mask.dtype == torch.bool:
+        bars = attn_mask.dtype == torch.bool
+        if not bars and context.nth == 0 and not torch.compiler.is_compiling():
+            bars = bool((attn_mask < -ops.FAR).any())  # once a pass: it takes time
+        if bars:
             raise NotImplementedError(
                 f"attn={self.name} cannot honour the host's attention mask of shape "
-                f"{tuple(attn_mask.shape)}: expected a padding mask [b 1 1 n] or a float bias."
+                f"{tuple(attn_mask.shape)}, which keeps some queries from some keys (causal?): "
+                "expected a padding mask [b 1 1 n] or a finite bias. Point blocks= at a tower "
+                "that attends both ways, or use attn=exact."
             )
         return None, attn_mask
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from numbers import Integral
+from typing import Any, TypeGuard, TypeVar
+
+import numpy as np
+from torch import Tensor
 
 Copied = TypeVar("Copied", bound="BlockCounts")
 Counts = int | Mapping[int, int] | Sequence[int]
@@ -33,14 +37,16 @@ def parse_layers(layers: object, depth: int, *, setting: str) -> tuple[int, ...]
         if not 0 <= layers < 1:
             raise ValueError(f"{setting}={layers}: a fraction of the depth must lie in [0, 1).")
         found = list(range(round(layers * depth), depth))
-    elif isinstance(layers, int):
-        found = [layers]
+    elif isinstance(layers, Integral):
+        found = [int(layers)]
     elif isinstance(layers, Iterable):
-        found = list(layers)
+        # Also of numpy and torch, whose integers are none of Python's.
+        found = layers.tolist() if isinstance(layers, np.ndarray | Tensor) else list(layers)
+        found = [int(i) if _is_whole(i) else i for i in found]
     else:
         raise ValueError(f"{setting}={layers!r}: expected layers such as 6-11, [6, 7] or 0.5.")
     for layer in found:
-        if not isinstance(layer, int) or not 0 <= layer < depth:
+        if not _is_whole(layer) or not 0 <= layer < depth:
             raise ValueError(
                 f"{setting}={layers!r}: block {layer!r} does not exist; "
                 f"the backbone has {depth} blocks, 0 to {depth - 1}."
@@ -56,8 +62,7 @@ class Renewal:
     Args:
         renew: `every` layer; an integer n for every n of the replaced blocks; `never` or 0 = at
             the first of them alone; `settled` = every layer up to the middle of the host, where
-            tokens change most from one to the next, and every third beyond; and everywhere where
-            gradients are asked for.
+            tokens change most from one to the next, and every third beyond.
 
     Raises:
         ValueError: something else.
@@ -89,6 +94,10 @@ class Renewal:
         return nth % self.every == 0 if self.every else nth == 0
 
 
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _parse_text(text: str, depth: int, setting: str) -> list[int]:
     if text.strip() == "all":
         return list(range(depth))
@@ -113,7 +122,7 @@ class BlockCounts:
 
     Args:
         counts: a number, a mapping from blocks to numbers (`{6: 64, 7: 32}`), or a list of
-            numbers, one for each replaced block in order.
+            numbers, one for each replaced block in ascending order.
 
     Attributes:
         num_landmarks: how many, in the block that has most of them.
@@ -125,7 +134,7 @@ class BlockCounts:
 
     def __init__(self, counts: Counts) -> None:
         self._by_block: dict[int, int] | list[int] | None = None
-        if isinstance(counts, int | str):
+        if isinstance(counts, Integral | str):
             several: list[Any] = [counts]
         elif isinstance(counts, Mapping):
             self._by_block = dict(counts)
@@ -135,13 +144,12 @@ class BlockCounts:
         else:
             several = [counts]
         whole = [*several, *(counts if isinstance(counts, Mapping) else ())]
-        whole = all(isinstance(part, int) and not isinstance(part, bool) for part in whole)
-        if not several or not whole or min(several) < 1:
+        if not several or not all(map(_is_whole, whole)) or min(several) < 1:
             raise ValueError(
                 f"attn.num_landmarks={counts!r}: expected an integer >= 1, or one for each block "
                 "such as {6: 64, 7: 32} or [64, 32]."
             )
-        self.num_landmarks: int = max(several)
+        self.num_landmarks = int(max(several))
         self.min_tokens = self.num_landmarks
 
     def with_landmarks(self: Copied, counts: Counts) -> Copied:

@@ -223,12 +223,10 @@ class LandmarkAttention(ReducedAttention):
         """Landmarks of an earlier layer that serve this one too; None = new ones are due."""
         slot = slot_of(keys, context)
         known = context.shared.get(slot)
-        # Activation checkpointing runs layers again one by one, and must meet the same there.
-        trains = torch.is_grad_enabled() and context.x.requires_grad
-        depth = None if trains else context.depth
         if known is None:
             return None
-        if self.renewal.due(context.nth, context.layer, depth, context.shared[f"{slot}: layer"]):
+        last = context.shared[f"{slot}: layer"]
+        if self.renewal.due(context.nth, context.layer, context.depth, last):
             return None
         return known if known.shape[-1] == self.landmarks_at(context.layer, context.nth) else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 
 
 def check_integer(
@@ -16,9 +17,9 @@ def check_integer(
     if optional and value is None:
         return
     if (
-        isinstance(value, int)
+        isinstance(value, Integral)
         and not isinstance(value, bool)
-        and (least is None or value >= least)
+        and (least is None or int(value) >= least)
     ):
         return
     wanted = "an integer" if least is None else f"an integer >= {least}"
@@ -50,8 +51,8 @@ def check_number(
     Raises:
         ValueError: naming the setting and its value.
     """
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if above < value < below and least <= value <= most:
+    if isinstance(value, Real) and not isinstance(value, bool):
+        if above < float(value) < below and least <= float(value) <= most:
             return
     raise ValueError(f"{setting}={value!r}: expected {expected}.")
 

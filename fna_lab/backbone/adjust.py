@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from fna_lab import ops
 from fna_lab.attn.base import Context
 from fna_lab.attn.registers import PLACES
-from fna_lab.backbone.search import Pass
+from fna_lab.backbone.passes import Pass
 from fna_lab.hosts import given, out_projection, tokens_first, with_given
 from fna_lab.mask.base import Mask
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
-from fna_lab.backbone.blocks import find_blocks, says_cls
+from fna_lab.backbone.blocks import Layout, find_blocks
 from fna_lab.backbone.replay import Replay
 from fna_lab.backbone.without_bias import WithoutBias
 from fna_lab.hosts import out_projection, out_weight
@@ -188,8 +188,7 @@ class Backbone(nn.Module):
     @property
     def has_cls(self) -> bool:
         """Whether token 0 is CLS."""
-        said = says_cls(self.host)
-        return self.num_prefix_tokens > 0 if said is None else said
+        return Layout(self.host, self.blocks_path).has_cls(self.num_prefix_tokens)
 
     @property
     @abstractmethod

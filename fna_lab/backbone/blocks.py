@@ -11,7 +11,7 @@ def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
     """The vision blocks of a host and the dotted path of their list.
 
     A list of blocks is a `ModuleList` or `Sequential` of at least one module, all of one class,
-    that hold linear layers and no convolution list of their own. Of several lists, one on a path
+    that hold linear layers. Of several lists, one on a path
     that speaks of vision wins, one that speaks of text or a decoder loses; then the longest.
 
     Args:
@@ -47,6 +47,11 @@ def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
             "pass blocks='dotted.path' if it keeps them elsewhere."
         )
     name = max(outer, key=lambda name: (_speaks_of_vision(name), len(outer[name])))
+    if isinstance(getattr(model, "visual", None), nn.Module) and not name.startswith("visual."):
+        raise ValueError(
+            f"The vision tower of {type(model).__name__} has no list of transformer blocks; pass "
+            f"blocks={name!r} to patch the blocks that there are."
+        )
     return name, outer[name]
 
 
@@ -72,30 +77,52 @@ def find_patch_embedding(model: nn.Module, blocks_path: str) -> nn.Module | None
     return None
 
 
-def says_cls(model: nn.Module) -> bool | None:
-    """Whether a timm ViT says that it has CLS; None where the host does not say."""
-    for module in model.modules():
-        said = getattr(module, "has_class_token", None)
-        if isinstance(said, bool):
-            return said
-        if hasattr(module, "num_prefix_tokens") and hasattr(module, "cls_token"):
-            return module.cls_token is not None
-    return None
+class Layout:
+    """Which tokens of a tower are no patch tokens.
 
+    Args:
+        model: the host.
+        path: dotted path of its blocks: what the modules around them say is asked, innermost
+            first, and not what another tower says.
 
-def says_prefix(model: nn.Module) -> int:
-    """Number of prefix tokens that the host states; 1 where it states none."""
-    for module in model.modules():
-        said = getattr(module, "num_prefix_tokens", None)
-        if isinstance(said, int):
-            return said
-    return 1
+    Attributes:
+        cls: whether token 0 is CLS; None where nobody says.
+        prefix: number of prefix tokens; 1 where nobody says.
+    """
+
+    def __init__(self, model: nn.Module, path: str) -> None:
+        self.cls: bool | None = None
+        self.prefix = 1
+        around = path
+        while around:
+            around = around.rpartition(".")[0]
+            tower = model.get_submodule(around)
+            prefix = getattr(tower, "num_prefix_tokens", None)
+            cls = getattr(tower, "has_class_token", None)
+            if not isinstance(cls, bool) and prefix is not None and hasattr(tower, "cls_token"):
+                cls = tower.cls_token is not None
+            self.prefix = prefix if isinstance(prefix, int) else self.prefix
+            self.cls = cls if isinstance(cls, bool) else None
+            if isinstance(prefix, int) or self.cls is not None:
+                break
+
+    def prefix_of(self, size: int, grid: tuple[int, int] | None) -> int:
+        """Tokens before the patch tokens of a grid, of `size` tokens that are the host's own."""
+        if grid is not None and 0 <= size - grid[0] * grid[1] < 64:
+            return size - grid[0] * grid[1]
+        return self.prefix
+
+    def has_cls(self, prefix: int) -> bool:
+        """Whether token 0 is CLS, where there are so many prefix tokens."""
+        return prefix > 0 if self.cls is None else self.cls
 
 
 def _is_list(module: nn.Module) -> bool:
     if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) == 0:
         return False
     first = type(module[0])
+    if issubclass(first, nn.ModuleList | nn.ModuleDict):  # a list of stages, which is not called
+        return False
     return all(type(block) is first for block in module) and all(
         sum(isinstance(part, nn.Linear) for part in block.modules()) >= 2 for block in module
     )

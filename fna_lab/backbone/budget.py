@@ -17,6 +17,7 @@ from fna_lab.attn.base import AttentionVariant, Context
 from fna_lab.attn.exact import ExactAttention
 from fna_lab.attn.layers import parse_layers
 from fna_lab.attn.reduced import ReducedAttention
+from fna_lab.attn.settings import check_integer, check_number
 from fna_lab.backbone.blocks import find_blocks
 from fna_lab.backbone.named import resolve
 from fna_lab.backbone.patch import Patch, patch
@@ -107,6 +108,19 @@ def solve_budget(
         ValueError: a setting is out of range, the variant has no landmarks, or no choice that is
             cheaper than exact attention keeps the budget.
     """
+    if "num_landmarks" in settings:
+        raise ValueError(
+            f"num_landmarks={settings['num_landmarks']}: the budget chooses the landmarks; "
+            "expected candidates= to choose from, or none."
+        )
+    if not isinstance(pictures, Tensor) or pictures.ndim != 4 or len(pictures) == 0:
+        said = tuple(pictures.shape) if isinstance(pictures, Tensor) else type(pictures).__name__
+        raise ValueError(f"pictures: expected a few pictures [b 3 h w], got {said}.")
+    candidates = tuple(candidates)
+    if not candidates:
+        raise ValueError("candidates=(): expected at least one number of landmarks.")
+    for num in candidates:
+        check_integer("candidates", num)
     variant = check_budget(resolve(attn, AttentionVariant, "fna_lab.attn", settings), budget)
     variant = variant.with_landmarks(1)
     variant.guard = None  # the promise is the formula's, whatever a guard may better
@@ -201,8 +215,7 @@ def check_budget(attn: AttentionVariant, budget: object) -> ReducedAttention:
     """
     if budget is None:
         raise ValueError("attn.layers=auto needs a budget of error, such as attn.budget=0.01.")
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < 1:
-        raise ValueError(f"attn.budget={budget!r}: expected a number between 0 and 1.")
+    check_number("attn.budget", budget, "a number between 0 and 1", above=0, below=1)
     if not isinstance(attn, ReducedAttention) or not attn.counts_at_will:
         raise ValueError(
             f"attn.layers=auto: attn={attn.name} has no landmarks to choose freely; use one that "

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fna_lab import ops
 from fna_lab.attn.neurons import firing_neurons
-from fna_lab.backbone.blocks import find_blocks, says_prefix
+from fna_lab.backbone.blocks import Layout, find_blocks
 from fna_lab.hosts import mlp_output, tokens_first
 
 Run = Callable[[Tensor], object]
@@ -131,7 +131,7 @@ def find_register_neurons(
 
     Source: Jiang et al. 2025, "Vision Transformers Don't Need Trained Registers", algorithm 1.
     """
-    _, found = find_blocks(model, blocks)
+    path, found = find_blocks(model, blocks)
     depth = len(found)
     if not -depth <= outliers_at < depth:
         raise ValueError(
@@ -141,7 +141,7 @@ def find_register_neurons(
     highest = last if highest is None else highest
     if not 0 <= highest < depth:
         raise ValueError(f"highest={highest}: the host has {depth} blocks, 0 to {depth - 1}.")
-    prefix = says_prefix(model) if prefix is None else prefix
+    prefix = Layout(model, path).prefix if prefix is None else prefix
     run = model if run is None else run
 
     def marked(x: Tensor) -> Tensor:

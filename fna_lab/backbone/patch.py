@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,21 +15,14 @@ from fna_lab.attn.base import AttentionVariant, Context, Removal
 from fna_lab.attn.layers import parse_layers
 from fna_lab.attn.stopwatch import Stopwatch
 from fna_lab.backbone.adjust import Adjuster
-from fna_lab.backbone.blocks import find_blocks, find_patch_embedding, says_cls, says_prefix
+from fna_lab.backbone.blocks import Layout, find_blocks, find_patch_embedding
 from fna_lab.backbone.named import resolve
 from fna_lab.backbone.neurons import NeuronTap
+from fna_lab.backbone.passes import Again, Found, Pass, rows_of, runs_for_gradients
 from fna_lab.backbone.plan import check_fit, plan_searches
-from fna_lab.backbone.seam import (
-    AttentionSeam,
-    Changed,
-    EnterSeam,
-    LeaveSeam,
-    Probed,
-    kept_of,
-    text_of,
-)
-from fna_lab.backbone.search import Again, Finder, Found, Pass, Search, rows_of
-from fna_lab.hosts import hidden, tokens_first, with_hidden
+from fna_lab.backbone.seam import AttentionSeam, Changed, EnterSeam, LeaveSeam, Probed, recompile
+from fna_lab.backbone.search import Finder, Search
+from fna_lab.hosts import hidden, kept_of, text_of, tokens_first, with_hidden
 from fna_lab.mask.base import Mask
 
 Observer = Callable[[Tensor, Tensor, Tensor, Context], None]
@@ -58,6 +51,8 @@ def patch(
 
     No weight, class or `forward` of the model is touched; `.remove()` or leaving the `with`
     restores it exactly. Patches nest: in a block that two of them claim, the later one acts.
+    Graphs of `torch.compile` are forgotten when a patch comes or goes, and made anew. One thread
+    at a time may run a patched model.
 
     Args:
         model: a timm, open_clip or transformers ViT, or a model that contains one.
@@ -67,9 +62,10 @@ def patch(
             (from half the depth on); None = from 13/24 of the depth on, as published for CLIP.
         blocks: dotted path of the host's list of blocks, where it is not found by itself.
         mask_layers: blocks whose attention is masked; None = the mask's own, else as `layers`.
-        detect: block at which tokens are detected; None = the mask's own, else its first layer.
-        restart: first block that an iterative schedule runs again; None = the mask's own, else
-            9/24 of the depth.
+        detect: block at which tokens are detected, unless the mask names one; None = the first
+            that it acts on.
+        restart: first block that an iterative schedule runs again, unless the mask names one;
+            None = at 9/24 of the depth.
         **settings: of the variant, where `attn` is a name (`num_landmarks=64`).
 
     Returns:
@@ -114,6 +110,7 @@ class Patch:
         meter: stands in for the attention of the replaced blocks and is given the variant, None =
             the variant itself attends.
         enabled: False while the model runs as it came.
+        running: the way into the seam of the block that is running, None between blocks.
     """
 
     def __init__(
@@ -135,17 +132,18 @@ class Patch:
         self.mask_layers = mask_layers
         self.searches = tuple(searches)
         self.enabled = True
+        self.running: EnterSeam | None = None
         self.stopwatch: Stopwatch | None = None
         self.observer: Observer | None = None
         self.meter: Meter | None = None
         self._path = path
         self._exact = resolve("exact", AttentionVariant, "fna_lab.attn", {})
-        self._said_cls = says_cls(model)
-        self._said_prefix = says_prefix(model)
+        self._layout = Layout(model, path)
         self._turn = tokens_first(blocks[0])
-        self._finder = Finder(blocks, self._seam, self._prefix, self._has_cls)
+        self._finder = Finder(blocks, self._seam, self._prefix, self._layout.has_cls)
         self._pass = Pass()
         self._input: Tensor | None = None
+        self._resumed = False
         self._adjuster = Adjuster(mask, blocks, mask_layers)
         self._hooks: list[RemovableHandle] = []
         self._install()
@@ -207,6 +205,10 @@ class Patch:
 
     def remove(self) -> None:
         """Give the model back exactly as it came; a second call does nothing."""
+        if self.running is not None:
+            self.running.leave()
+        if self._hooks:
+            recompile()
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -220,14 +222,9 @@ class Patch:
         finally:
             self.enabled = was_enabled
 
-    @contextmanager
-    def uncounted(self) -> Iterator[None]:
+    def uncounted(self) -> AbstractContextManager[None]:
         """Detect tokens inside the `with`, and leave `pictures` and `found` as they were."""
-        counts = list(self._finder.counts)
-        try:
-            yield
-        finally:
-            self._finder.counts = counts
+        return self._finder.uncounted()
 
     @contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:
@@ -244,6 +241,8 @@ class Patch:
                 self._hooks.pop().remove()
 
     def __enter__(self) -> Patch:
+        if not self._hooks:
+            raise RuntimeError("This patch was removed; call fna_lab.patch again.")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -264,6 +263,7 @@ class Patch:
         self._hooks += self._adjuster.hooks(lambda: self._pass if self.enabled else None)
         for layer in sorted(self._touched):
             self._take(layer)
+        recompile()
 
     def _take(self, layer: int) -> None:
         block = self.blocks[layer]
@@ -282,18 +282,22 @@ class Patch:
 
     def _before(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
         """Look at a block's input, and change it where a strategy wants so."""
-        if layer <= self._pass.last:  # a new pass through blocks that skipped the embedding
-            self._pass = Pass(grid=self._pass.grid)
-        self._pass.last = layer
         x = hidden(args, kwargs, f"{self._path}.{layer}", turn=self._turn)
+        self._resumed = runs_for_gradients() and layer in self._pass.begun
+        if self._resumed:
+            self._pass.resume(layer, x, self._path)
+        else:
+            if layer <= self._pass.last:  # a new pass through blocks that skipped the embedding
+                self._pass = Pass(grid=self._pass.grid)
+            self._pass.begin(layer, x)
         x = given = self._pass.join(x, text_of(self.blocks[layer], args, kwargs))
         self._pass.kept = ops.kept_before(kept_of(args, kwargs), x, self._extra(layer))
         for search in self.searches:
             if search.probes and layer in search.reruns:
                 self._pass.calls[layer] = args, kwargs
-                self._pass.restarts[layer] = self._pass.nth, dict(self._pass.shared)
             if layer == search.detect and (search.probes or search.reads_hidden):
-                self._finder.look(search, self._pass, x)
+                if not self._resumed:
+                    self._finder.look(search, self._pass, x)
                 before = [i for i in self.mask_layers if i < layer]
                 if search.name == "mask" and before:
                     x = self._finder.masked(search, self._pass, before)
@@ -325,7 +329,9 @@ class Patch:
             )
         if again is not None and again.probe:
             raise Probed(q, k, attn_mask, scale)
-        if again is None:
+        if again is None and self._resumed:
+            stays = False
+        elif again is None:
             for search in self.searches:
                 if layer == search.detect and not search.probes and not search.reads_hidden:
                     self._finder.look(search, self._pass, x, (q, k, attn_mask, scale))
@@ -342,7 +348,7 @@ class Patch:
             num_prefix_tokens=prefix,
             num_extra_tokens=self._extra(layer),
             num_suffix_tokens=self._pass.suffix,
-            has_cls=self._has_cls(prefix),
+            has_cls=self._layout.has_cls(prefix),
             grid=self._pass.fitting(x.shape[1] - prefix - self._extra(layer) - self._pass.suffix),
             attn_mask=self._adjuster.keys(attn_mask, x, layer, self._pass),
             removal=self._removal(layer) if again is None else again.removal,
@@ -386,11 +392,5 @@ class Patch:
 
     def _prefix(self, x: Tensor, layer: int) -> int:
         """Tokens before the patch tokens, from the grid that the patch embedding made."""
-        grid = self._pass.grid
-        size = x.shape[1] - self._extra(layer) - self._pass.suffix
-        if grid is not None and 0 <= size - grid[0] * grid[1] < 64:
-            return size - grid[0] * grid[1]
-        return self._said_prefix
-
-    def _has_cls(self, prefix: int) -> bool:
-        return prefix > 0 if self._said_cls is None else self._said_cls
+        own = x.shape[1] - self._extra(layer) - self._pass.suffix
+        return self._layout.prefix_of(own, self._pass.grid)

@@ -8,8 +8,8 @@ from torch import nn
 
 from fna_lab.attn.base import AttentionVariant
 from fna_lab.attn.layers import parse_layers
-from fna_lab.backbone.seam import is_joint
 from fna_lab.backbone.search import Search
+from fna_lab.hosts import is_joint
 from fna_lab.mask.base import Mask, check_block
 from fna_lab.mask.detector.cls_proxy import ClsProxyDetector
 

@@ -13,6 +13,7 @@ picture alone (`attn2` of Stable Diffusion 3.5), stays the host's own.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -21,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fna_lab import ops
-from fna_lab.hosts import hidden
+from fna_lab.hosts import hidden, text_of
 
 Attend = Callable[..., Tensor]
 # Queries, keys, mask and scale of one attention call.
@@ -44,9 +44,10 @@ class Probed(Exception):  # noqa: N818 (no error: it leaves a block early)
 
 
 class Switch(Protocol):
-    """What can be switched off for a while."""
+    """What can be switched off for a while, and knows which block is running."""
 
     enabled: bool
+    running: EnterSeam | None
 
 
 class AttentionSeam(TorchFunctionMode):
@@ -216,7 +217,6 @@ class EnterSeam:
         self.seam = seam
         self.before = before
         self.patch = patch
-        self.entered = False
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
         claims = [
@@ -226,14 +226,21 @@ class EnterSeam:
         ]
         if not claims or claims[-1] is not self:
             return None
+        if self.patch.running is not None:  # an interruption (Ctrl-C) calls no forward hooks
+            self.patch.running.leave()
         changed = self.before(args, kwargs)
         text = text_of(block, args, kwargs)
         if text is not None:
             self.seam.joint = hidden(args, kwargs, self.seam.where).shape[1] + text.shape[1]
         self.seam.calls = 0
-        self.entered = True
+        self.patch.running = self
         self.seam.__enter__()
         return changed
+
+    def leave(self) -> None:
+        """Leave the seam again."""
+        self.patch.running = None
+        self.seam.__exit__(None, None, None)
 
 
 class LeaveSeam:
@@ -243,11 +250,10 @@ class LeaveSeam:
         self.enter = enter
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
-        if not self.enter.entered:
+        if self.enter.patch.running is not self.enter:
             return
-        self.enter.entered = False
+        self.enter.leave()
         seam = self.enter.seam
-        seam.__exit__(None, None, None)
         if output is None:  # the block raised; its own error is on the way
             return
         if seam.calls != 1:
@@ -265,20 +271,7 @@ class LeaveSeam:
             )
 
 
-def is_joint(block: nn.Module) -> bool:
-    """Whether a block attends over its own tokens and those of a text behind them."""
-    # diffusers' JointTransformerBlock; those that put the text first have no such attribute.
-    return isinstance(getattr(block, "context_pre_only", None), bool)
-
-
-def text_of(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The text tokens `[b t c]` that a joint block is handed; None in other blocks."""
-    if not is_joint(block):
-        return None
-    return args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
-
-
-def kept_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Tokens that are no padding, bool `[b n]`, by the mask that a block is handed; else None."""
-    masks = (part for part in (*args, *kwargs.values()) if isinstance(part, Tensor))
-    return next((kept for kept in map(ops.kept_tokens, masks) if kept is not None), None)
+def recompile() -> None:
+    """Forget what `torch.compile` has made: its graphs do not ask which hooks a block has."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

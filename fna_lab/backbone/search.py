@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_map
 from fna_lab import ops
 from fna_lab.attn.base import Removal
 from fna_lab.backbone.neurons import NeuronTap
+from fna_lab.backbone.passes import Again, Found, Pass, rows_of
 from fna_lab.backbone.seam import AttentionSeam, Call, Probed
 from fna_lab.hosts import given, hidden, tokens_first, with_hidden
 from fna_lab.mask.detector.base import Detector, Evidence
@@ -77,102 +79,6 @@ class Search:
         return Removal(found.tokens, self.pattern, self.stage, *found.rows)
 
 
-@dataclass
-class Found:
-    """What a search found in one batch.
-
-    Attributes:
-        tokens: the set, bool `[b n]`.
-        ranks: the round in which each token was found, from 1; 0 = not found; long `[b n]`.
-        scores: of an iterative search, how far each token stood out when it was found, else 0.
-        first: what the detector found before anything was taken out, bool `[b n]`.
-        rows: `ops.token_rows(tokens)`, once somebody asks for it.
-    """
-
-    tokens: Tensor
-    ranks: Tensor
-    scores: Tensor
-    first: Tensor
-    rows: tuple[Tensor, Tensor] | None = None
-
-    def of(self, pictures: Tensor) -> Found:
-        """The same of some pictures of the batch, long `[p]`."""
-        ranks, scores = self.ranks[pictures], self.scores[pictures]
-        return Found(self.tokens[pictures], ranks, scores, self.first[pictures])
-
-
-@dataclass
-class Pass:
-    """What one forward pass leaves for its later blocks.
-
-    Attributes:
-        last: the block that ran last.
-        nth: how many blocks with the attention variant ran.
-        grid: (rows, columns) of the patch tokens.
-        suffix: text tokens behind them, in joint blocks.
-        kept: tokens that are no padding, bool `[b n]`; None = all.
-        appended: which tokens that a mask appended are no padding, bool `[b t]`; None before.
-        ran: blocks that attended to them so far.
-        found: by the name of the search.
-        shared: by attention variants.
-        calls: positional and keyword arguments of the blocks that may run again.
-        restarts: `nth` and `shared` as they were when such a block began.
-    """
-
-    last: int = -1
-    nth: int = 0
-    grid: tuple[int, int] | None = None
-    suffix: int = 0
-    kept: Tensor | None = None
-    appended: Tensor | None = None
-    ran: int = 0
-    found: dict[str, Found] = field(default_factory=dict)
-    shared: dict[str, Any] = field(default_factory=dict)
-    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
-    restarts: dict[int, tuple[int, dict[str, Any]]] = field(default_factory=dict)
-
-    def known(self, name: str, blocks: str) -> Found:
-        """What the search of a name found.
-
-        Raises:
-            RuntimeError: it did not run in this pass; says which block needs it.
-        """
-        if name not in self.found:
-            raise RuntimeError(
-                f"Block {blocks}.{self.last} needs the tokens of {name!r}, but none were looked "
-                "for in this forward pass; another patch may have taken the detection block."
-            )
-        return self.found[name]
-
-    def fitting(self, patches: int) -> tuple[int, int] | None:
-        """The grid of so many patch tokens; None where there are others than the host cut."""
-        return self.grid if self.grid and self.grid[0] * self.grid[1] == patches else None
-
-    def join(self, x: Tensor, text: Tensor | None) -> Tensor:
-        """What a block attends over: `[b n c]`, with the text `[b t c]` of a joint one behind."""
-        self.suffix = 0 if text is None else text.shape[1]
-        return x if text is None else torch.cat([x, text], dim=1)
-
-
-@dataclass(frozen=True)
-class Again:
-    """What a block does when it runs again.
-
-    Attributes:
-        x: its input `[b n c]`.
-        removal: what is taken out of its attention.
-        probe: stop at its attention, and tell queries and keys.
-        stays: whether the pass goes on with its output.
-        only: pictures of the batch that `x` holds, long `[p]`; None = all.
-    """
-
-    x: Tensor
-    removal: Removal | None = None
-    probe: bool = False
-    stays: bool = False
-    only: Tensor | None = None
-
-
 class Finder:
     """Looks for tokens, and runs blocks again for it.
 
@@ -205,6 +111,16 @@ class Finder:
         """One of the `counts` of every picture so far."""
         return [int(count) for counts in self.counts for count in counts[which]]
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Leave the `counts` as they were."""
+        counts = list(self.counts)
+        try:
+            yield
+        finally:
+            self.counts = counts
+
+    @torch.no_grad()  # nor must a block that runs again for its gradients look again
     def look(self, search: Search, state: Pass, x: Tensor, call: Call | None = None) -> None:
         """Rounds of detection until nothing new is found; what is found goes to the pass.
 
@@ -303,7 +219,7 @@ class Finder:
         """
         here = state.nth, state.shared
         self._expect(search.restart, state)
-        state.nth, shared = state.restarts[search.restart]
+        state.nth, shared, _ = state.begun[search.restart]
         x = self._hidden(search.restart, state)
         state.shared = {key: rows_of(value, only) for key, value in shared.items()}
         x = rows_of(x, only)
@@ -362,11 +278,6 @@ def _strongest(search: Search, shown: Evidence, new: Tensor) -> tuple[Tensor, Te
         best = torch.zeros_like(new).scatter(1, ranked.indices[:, : search.per_round], True)
         new = new & best
     return new, scores.masked_fill(~new, 0)
-
-
-def rows_of(x: Any, pictures: Tensor | None) -> Any:
-    """Rows of some pictures, of what has such rows."""
-    return x if pictures is None or not isinstance(x, Tensor) else x[pictures]
 
 
 def _of_mask(part: Any, pictures: Tensor, batch: int) -> Any:

@@ -89,7 +89,7 @@ from fna_lab.ops.nystrom import (
     only_keys,
     subset_attention,
 )
-from fna_lab.ops.padding import kept_before, kept_tokens, medians, num_kept, patches_of
+from fna_lab.ops.padding import FAR, kept_before, kept_tokens, medians, num_kept, patches_of
 from fna_lab.ops.patterns import (
     PATTERNS,
     STAGES,
@@ -136,6 +136,7 @@ from fna_lab.ops.token_classes import TOKEN_CLASSES, token_classes
 __all__ = [
     "CORRECTIONS",
     "Cut",
+    "FAR",
     "INCOMING_RULES",
     "PATTERNS",
     "MOVES",
