@@ -50,8 +50,8 @@ def gradients(model, x, reentrant, attn, mask, settings):
     """Gradients of the inputs, and how many tokens were found, with blocks run again or not."""
     forward = {block: block.forward for block in model.blocks}
     x = x.clone().requires_grad_()
-    hidden = model.pos_drop(model._pos_embed(model.patch_embed(x)))
     with fna_lab.patch(model, attn, mask, **settings) as patched:
+        hidden = model._pos_embed(model.patch_embed(x))
         for block in model.blocks:
             if reentrant is None:
                 hidden = block(hidden)
