@@ -30,7 +30,7 @@ def print_help(conf: Path, console: Console) -> None:
             console.print(f"[bold]{group}=[/]{default}", highlight=False)
         for path in options:
             console.print(
-                f"  {path.stem:19}{escape(first_comment(path))}", highlight=False, soft_wrap=True
+                f"  {path.stem:24} {escape(first_comment(path))}", highlight=False, soft_wrap=True
             )
     console.print("[bold]other settings[/]")
     for key, value, comment in _settings(conf / "config.yaml"):

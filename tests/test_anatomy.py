@@ -160,11 +160,12 @@ def test_blocks_that_keep_tokens_first_run_again_alike() -> None:
     for batch_first in (True, False):
         host, model, pictures = build("open_clip")
         set_batch_first(model, batch_first)
+        model, pictures = model.double(), pictures.double()  # rounding grows from block to block
         _, blocks = find_blocks(model)
         replay = Replay(blocks, partial(host.run, model, pictures), 1, 3)
         found.append([replay.inputs, *replay.outputs, *replay()])
         assert replay.inputs.shape[0] == len(pictures)
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[0], found[1])
 
 
 def backbone(prefix: int) -> Backbone:

@@ -71,6 +71,17 @@ def test_whole_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert rows[-1]["amdahl"] == 1 and rows[0]["tokens"] == 17
 
 
+def test_a_variant_that_a_model_does_not_suit_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = "--model vit_tiny_patch16_224 --img-size 64 --variants registers fna --layers 0.5"
+    rows = run(monkeypatch, tmp_path, arguments)["rows"]
+    assert [row["variant"] for row in rows] == ["exact", "fna", "free"]
+    assert "registers is left out at 64 px: attn.neurons=null" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_masks_stand_beside_what_they_are_put_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -44,7 +44,7 @@ def test_help_lists_every_group_and_option_in_one_line_each() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     for path in conf_dir().rglob("*/*.yaml"):
-        wanted = f"  {path.stem:19}{first_comment(path)}"
+        wanted = f"  {path.stem:24} {first_comment(path)}"
         assert wanted.rstrip() in [line.rstrip() for line in lines]
     for group in ("backbone", "attn", "attn/solver", "mask/detector", "trainer", "logger"):
         assert any(line.startswith(f"{group}=") for line in lines)

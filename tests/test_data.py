@@ -57,6 +57,14 @@ def test_folder_finds_pictures_in_order_and_names_what_it_skips(
     assert len(data.skipped) == 3  # a second call does nothing
 
 
+def test_a_folder_may_be_named_from_another_and_lie_in_a_hidden_one(folder: Path) -> None:
+    hidden = folder.parent / ".hidden"
+    folder.rename(hidden)
+    data = FolderData(root=str(hidden / ".." / ".hidden"), transform=to_tensor)
+    data.setup("test")
+    assert len(data.test_dataloader().dataset) > 0  # type: ignore[arg-type]
+
+
 def test_folder_labels_are_the_names_of_its_folders(folder: Path) -> None:
     (folder / "b").rename(folder / "big_dog")
     data = FolderData(root=str(folder), labels=True, transform=to_tensor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, TypeGuard, TypeVar
@@ -101,6 +102,8 @@ def _is_whole(value: object) -> TypeGuard[int]:
 def _parse_text(text: str, depth: int, setting: str) -> list[int]:
     if text.strip() == "all":
         return list(range(depth))
+    if re.fullmatch(r"\d*\.\d+", text.strip()):  # a fraction, as command lines write it
+        return list(parse_layers(float(text), depth, setting=setting))
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = (piece.strip() for piece in part.partition("-"))

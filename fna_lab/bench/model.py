@@ -29,7 +29,10 @@ class Free(AttentionVariant):
 def bench_model(settings: Settings, say: Say) -> Iterator[dict[str, Any]]:
     """Rows of a whole forward pass, beside one with free attention, case by case."""
     assert settings.model is not None
-    names = [n for n in chosen_variants(settings, say) if n not in packages.ATTENTION]
+    names = chosen_variants(settings, say)
+    for name in (n for n in names if n in packages.ATTENTION):
+        say(f"{name} is left out: it has no part that a model could be patched with")
+    names = [n for n in names if n not in packages.ATTENTION]
     names = ["exact", *(n for n in names if n != "exact")]
     cases = [
         (side, b, t) for t in settings.dtype for b in settings.batch for side in settings.img_size
@@ -53,14 +56,14 @@ def bench_model(settings: Settings, say: Say) -> Iterator[dict[str, Any]]:
             if variant.min_tokens > backbone.num_tokens:
                 say(f"{name} is left out at {side} px: it needs {variant.min_tokens} tokens")
                 continue
-            added = patch(backbone.host, variant, layers=layers)
-            patches[name] = added
             try:
+                patches[name] = patch(backbone.host, variant, layers=layers)
                 with torch.no_grad():
-                    run(added, patches, backbone, pictures)
+                    run(patches[name], patches, backbone, pictures)
             except Exception as error:  # a variant that this host or size does not suit
                 say(f"{name} is left out at {side} px: {error}")
-                patches.pop(name).remove()
+                if name in patches:
+                    patches.pop(name).remove()
         runs: dict[str, tuple[Callable[[], object], Any]] = {
             name: (lambda p=p, a=patches, m=backbone, x=pictures: run(p, a, m, x), p)
             for name, p in patches.items()
