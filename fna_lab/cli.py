@@ -185,6 +185,6 @@ def _job(cfg: DictConfig, done: list[Path], failed: dict[str, Exception]) -> dic
 def _print_sweep(done: list[Path]) -> None:
     if len(done) < 2:
         return
-    from fna_lab.report import record, table
+    from fna_lab.report import record, sweep, table
 
-    table.show_sweep([record.read(folder) for folder in done], table.make_console())
+    sweep.show_sweep([record.read(folder) for folder in done], table.make_console())

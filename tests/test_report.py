@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from fna_lab.report import __main__ as shell
-from fna_lab.report import figure, record, table
+from fna_lab.report import figure, record, sweep, table
 
 
 def made(attn: str, landmarks: int, cosine: float, seed: int = 0) -> dict[str, Any]:
@@ -105,18 +105,37 @@ def test_intervals_stand_beside_their_means() -> None:
     text = shown(table.show, run)
     assert "95 % interval" in text and "0.2500 to 0.7500" in text and "cosine low" not in text
     assert "velocity: of a step" in text and "step" in text
-    swept = shown(table.show_sweep, [run, made("fna", 16, 0.95)])
+    swept = shown(sweep.show_sweep, [run, made("fna", 16, 0.95)])
     assert "0.5000" in swept and "0.2500" not in swept
     assert "95 % interval" not in shown(table.show, made("fna", 8, 0.5))
 
 
 def test_a_sweep_shows_what_differs_and_nothing_else() -> None:
     runs = [made("fna", 8, 0.9), made("fna", 16, 0.95), made("exact", 8, 1.0)]
-    text = shown(table.show_sweep, runs)
+    text = shown(sweep.show_sweep, runs)
     assert "attn.num_landmarks" in text and "backbone" not in text and "logger" not in text
     assert text.count("1.50x") == 3 and "0.9500" in text
+    assert "seed" not in text and "seed" in shown(
+        sweep.show_sweep, [*runs, made("fna", 8, 0.9, seed=1)]
+    )
     same = [made("fna", 8, 0.9), made("fna", 8, 0.9)]
-    assert "2 runs" in shown(table.show_sweep, same)
+    assert "2 runs" in shown(sweep.show_sweep, same)
+
+
+def test_many_settings_and_metrics_stay_legible_and_tasks_apart() -> None:
+    runs = [made("fna", n, 0.9) for n in (8, 8, 16)] + [made("exact", 8, 1.0)]
+    for i, run in enumerate(runs[:3]):
+        run["config"]["attn"] |= {f"setting_number_{j}": i * j % 3 for j in range(9)}
+        run["metrics"] |= {f"metric_{j}_of_many": j + i / 7 for j in range(20)}
+    runs[3]["task"] = "classification"
+    lines = shown(sweep.show_sweep, runs, width=100).splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= 100
+    text = " ".join(" ".join(lines).split())
+    assert "4 runs" in text and "classification, 1 run " in text
+    assert "attn.num_landmarks=16, attn.setting_number_1=2, attn.setting_number_2=1," in text
+    for j in range(20):
+        for i in range(3):
+            assert f" {j + i / 7:.4f} " in f"{text} "
 
 
 def test_figure_and_shell(

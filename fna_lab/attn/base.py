@@ -109,6 +109,9 @@ class AttentionVariant(ABC):
         num_extra_tokens: tokens that its `hooks` append behind the host's own.
         guard: watches its answers, None = nobody does.
         calibration_pictures: pictures that `calibrate` wants to see; 0 = it is not called.
+        counts_padding: whether segments, pairs or shares of tokens are cut with padding among
+            them, so that a padded picture is not attended to quite as it is alone. What padding
+            holds never matters.
     """
 
     patterns: Iterable[str] = ()
@@ -120,6 +123,7 @@ class AttentionVariant(ABC):
     num_extra_tokens: int = 0
     guard: Guard | None = None
     calibration_pictures: int = 0
+    counts_padding: bool = False
 
     @abstractmethod
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:

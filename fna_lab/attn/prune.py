@@ -34,6 +34,8 @@ class PruneAttention(KeyMaskedAttention):
     restoration in the place of removal.
     """
 
+    counts_padding = True
+
     def __init__(self, *, keep: float = 0.5, restore: str = "nearest", queries: int = 16) -> None:
         check_number("attn.keep", keep, "a number above 0, up to 1", above=0, most=1)
         if restore not in RESTORE:

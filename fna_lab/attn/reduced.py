@@ -58,6 +58,7 @@ class SegmentAttention(ReducedAttention):
     """
 
     stand_ins = "segments"
+    counts_padding = True
 
     def segments(self, q: Tensor, keys: Tensor | None, context: Context) -> tuple[Tensor, int]:
         """The segment of each token of a block, long `[b n]`, -1 = no key; and how many there are.

@@ -26,6 +26,8 @@ class TomeAttention(KeyMaskedAttention):
         ValueError: `ratio` is out of range.
     """
 
+    counts_padding = True
+
     def __init__(self, *, ratio: float = 0.5) -> None:
         check_number("attn.ratio", ratio, "a number from 0 to 0.5", least=0, most=0.5)
         self.ratio = ratio

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fna_lab.report import figure, figures, record, table
+from fna_lab.report import figure, figures, record, sweep, table
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     if len(records) == 1:
         table.show(records[0], console)
     else:
-        table.show_sweep(records, console)
+        sweep.show_sweep(records, console)
     if args.figure:
         try:
             figure.plot(records, args.figure, x=args.x, y=args.y, lines=args.lines)

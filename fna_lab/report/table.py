@@ -1,8 +1,8 @@
-"""Records as tables for people."""
+"""A record as tables for people."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -13,6 +13,7 @@ from rich.text import Text
 from fna_lab.report.errors import budget_table, error_table, fallback_text
 from fna_lab.report.matrix import matrices
 from fna_lab.report.record import counted, nature, samples
+from fna_lab.report.sweep import ends, number, option
 from fna_lab.report.timings import timings
 from fna_lab.report.verdicts import verdicts
 
@@ -68,32 +69,6 @@ def show(record: Mapping[str, Any], console: Console) -> None:
     console.print(Group(*parts))
 
 
-def show_sweep(records: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print finished runs as rows that can be compared: what differs, metrics, cost."""
-    configs = [flatten(record["config"]) for record in records]
-    keys = [key for key in configs[0] if len({config.get(key) for config in configs}) > 1]
-    keys = [key for key in keys if key in ("backbone", "attn", "mask", "task", "data")] or keys
-    extra = _differing(configs, keys)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for key in [*keys, *extra]:
-        table.add_column(key, overflow="fold")
-    names = _main_metrics(records)
-    for name in names:
-        table.add_column(name.replace("_", "\n"), justify="right", overflow="fold")
-    if any(record["cost"] for record in records):
-        for title in ("latency\nms", "against\nexact", "attention\nGFLOP"):
-            table.add_column(title, justify="right", overflow="fold")
-    for record, config in zip(records, configs, strict=True):
-        row = [str(config.get(key, "-")) for key in [*keys, *extra]]
-        row += [_number(record["metrics"].get(name)) for name in names]
-        if record["cost"]:
-            cost = record["cost"]
-            row += [f"{cost['patched_total_ms']:.1f}", f"{cost['speedup']:.2f}x"]
-            row += [f"{cost['attention_gflops']:.3f}"]
-        table.add_row(*row)
-    console.print(f"[bold]{len(records)} runs[/]", table)
-
-
 def _heading(record: Mapping[str, Any]) -> Text:
     backbone, data, config = record["backbone"], record["data"], record["config"]
     text = Text()
@@ -130,19 +105,19 @@ def _metrics(metrics: Mapping[str, float]) -> Group:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric")
     table.add_column("value", justify="right")
-    ends = _ends(metrics)
-    if ends & set(metrics):
+    limits = ends(metrics)
+    if limits & set(metrics):
         table.add_column("95 % interval", justify="right")
     for name, value in metrics.items():
         fact, _, block = name.rpartition("/")
         if block.isdigit():
             measure, _, fact = fact.rpartition("/")
             measures.setdefault(measure, {}).setdefault(block, {})[fact] = value
-        elif name != "n" and not fact and name not in ends:
+        elif name != "n" and not fact and name not in limits:
             low, high = (metrics.get(f"{name}_{end}") for end in ("low", "high"))
-            row = [name.replace("_", " "), _number(value)]
+            row = [name.replace("_", " "), number(value)]
             if low is not None:
-                row.append(f"{_number(low)} to {_number(high)}")
+                row.append(f"{number(low)} to {number(high)}")
             table.add_row(*row)
     parts = [table] if table.row_count else []
     tables = (_layers(name, layered) for name, layered in measures.items())
@@ -193,62 +168,10 @@ def _said(config: Mapping[str, Any], parts: Sequence[str]) -> str:
         if key.startswith("_") or key == "layers" or value is None:
             continue
         if isinstance(value, Mapping) and "_target_" in value:
-            said.append(f"{key} {_name(value)}")
+            said.append(f"{key} {option(value)}")
         else:
             said.append(f"{key}={value}".replace("True", "true").replace("False", "false"))
     return ", ".join(sorted(said, key=lambda text: text.split(" ")[0] not in parts))
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"attn": "fna", "attn.num_landmarks": 64, ...}` of a nested config."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            if "_target_" in value:
-                flat[prefix + key] = _name(value)
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif not str(key).startswith("_"):
-            flat[prefix + key] = str(value)
-    return flat
-
-
-def _name(node: Mapping[str, Any]) -> str:
-    if node.get("name") and "backbone" in str(node.get("_target_")):
-        return str(node["name"])
-    return str(node["_target_"]).rsplit(".", 2)[-2] if node["_target_"] else "none"
-
-
-def _differing(configs: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> list[str]:
-    """Settings that differ between runs that share the group's option."""
-    found = []
-    for key in dict.fromkeys(key for config in configs for key in config):
-        group = key.split(".")[0]
-        if key in groups or key in ("name", "outputs", "force"):
-            continue
-        values: dict[Any, set[Any]] = {}
-        for config in configs:
-            if key in config:
-                values.setdefault(config.get(group), set()).add(config[key])
-        if any(len(some) > 1 for some in values.values()):
-            found.append(key)
-    return found
-
-
-def _main_metrics(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    names = dict.fromkeys(name for record in records for name in record["metrics"])
-    aside = {"n"} | _ends(names)
-    return [n for n in names if "/" not in n and "balanced" not in n and n not in aside]
-
-
-def _ends(names: Iterable[str]) -> set[str]:
-    """What the ends of the metrics' intervals are called, where they have one."""
-    return {f"{name}_{end}" for name in names for end in ("low", "high")}
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if abs(value) >= 1e-4 or value == 0 else f"{value:.1e}"
 
 
 def _range(layers: Sequence[int]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -13,14 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 MORE = (
-    ("selection_ms", "selection ms", "{:.2f}"),
-    ("speedup", "against exact", "{:.2f}x"),
-    ("mask_cost", "mask costs", "{:+.1%}"),
-    ("coverage", "coverage radius", "{:.3f}"),
-    ("farthest", "as farthest points", "{:.0%}"),
-    ("against_quickfps", "against torch-quickfps", "{:.1f}x"),
-    ("peak_mib", "peak MiB", "{:.1f}"),
-    ("amdahl", "of Amdahl limit", "{:.1%}"),
+    ("selection_ms", "selection\nms", "{:.2f}"),
+    ("speedup", "against\nexact", "{:.2f}x"),
+    ("mask_cost", "mask\ncosts", "{:+.1%}"),
+    ("coverage", "coverage\nradius", "{:.3f}"),
+    ("farthest", "as farthest\npoints", "{:.0%}"),
+    ("against_quickfps", "against\ntorch-quickfps", "{:.1f}x"),
+    ("peak_mib", "peak\nMiB", "{:.1f}"),
+    ("amdahl", "of Amdahl\nlimit", "{:.1%}"),
 )
 WHAT = {
     "attention": "attention alone, on random queries, keys and values (constructed)",
@@ -64,11 +64,12 @@ def timings(record: Mapping[str, Any]) -> Group:
 def timing_table(rows: Rows) -> Group:
     """The rows as a table, and the growth with tokens below it."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title in ("tokens", "batch", "dtype", "variant", "median ms", "quartiles"):
-        table.add_column(title, justify="left" if title in ("dtype", "variant") else "right")
+    for title in ("tokens", "batch", "dtype", "variant", "median\nms", "quartiles\nms"):
+        side: Literal["left", "right"] = "left" if title in ("dtype", "variant") else "right"
+        table.add_column(title, justify=side, no_wrap=True)
     more = [m for m in MORE if any(row.get(m[0]) for row in rows)]
     for _, title, _ in more:
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     last = None
     for row in rows:
         case = (row["tokens"], row["batch"], row["dtype"])

@@ -1,0 +1,175 @@
+"""Many records as a table of what differs between them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+
+GROUPS = ("backbone", "data", "attn", "mask")  # a column each; every task has its own tables
+FOLDED = "settings unlike most"
+
+
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    cells: Sequence[str]
+    right: bool = False
+    folded: bool = False
+
+    @property
+    def width(self) -> int:
+        """Characters, with the space to the next column."""
+        lines = [*self.title.split("\n"), *self.cells]
+        return 3 + max(cell_len(line) for line in lines)
+
+
+def show_sweep(records: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print finished runs as rows that can be compared: what differs, metrics, cost.
+
+    Every task has tables of its own. Where columns are too many for the console, settings share
+    one column of a table before, and metrics go on in further tables.
+    """
+    tasks: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        tasks.setdefault(str(record["task"]), []).append(record)
+    console.print(f"[bold]{_runs(records)}[/]")
+    for task, some in tasks.items():
+        title = f"{task}, {_runs(some)}" if len(tasks) > 1 else None
+        for table in _tables(some, console.width):
+            table.title, table.title_justify = title, "left"
+            console.print(table)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"attn": "fna", "attn.num_landmarks": 64, ...}` of a nested config."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            if "_target_" in value:
+                flat[prefix + key] = option(value)
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif not str(key).startswith("_"):
+            flat[prefix + key] = str(value)
+    return flat
+
+
+def option(node: Mapping[str, Any]) -> str:
+    """What a part of a config is called: the name of its file, or of the backbone."""
+    if node.get("name") and "backbone" in str(node.get("_target_")):
+        return str(node["name"])
+    return str(node["_target_"]).rsplit(".", 2)[-2] if node["_target_"] else "none"
+
+
+def number(value: float | None) -> str:
+    """A metric as people read it."""
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if abs(value) >= 1e-4 or value == 0 else f"{value:.1e}"
+
+
+def ends(names: Iterable[str]) -> set[str]:
+    """What the ends of the metrics' intervals are called, where they have one."""
+    return {f"{name}_{end}" for name in names for end in ("low", "high")}
+
+
+def _tables(records: Sequence[Mapping[str, Any]], width: int) -> Iterator[Table]:
+    configs = [flatten(record["config"]) for record in records]
+    groups = [key for key in GROUPS if len({config.get(key) for config in configs}) > 1]
+    extra = _differing(configs, groups)
+    first, more = ([_settings(key, configs) for key in keys] for keys in (groups, extra))
+    numbers = [*_metrics(records), *_costs(records)]
+    widest = max((column.width for column in numbers), default=0)
+    if sum(column.width for column in [*first, *more]) + widest > width:
+        first.insert(0, _Column("run", [str(i) for i in range(len(records))], True))
+        yield _table([*first, _Column(FOLDED, _unlike_most(extra, configs), folded=True)])
+    else:
+        first += more
+    room = width - sum(column.width for column in first)
+    for shown in _parted(numbers, room):
+        yield _table([*first, *shown])
+
+
+def _table(columns: Sequence[_Column]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for column in columns:
+        side: Literal["left", "right"] = "right" if column.right else "left"
+        table.add_column(column.title, justify=side, no_wrap=not column.folded, overflow="fold")
+    for cells in zip(*(column.cells for column in columns), strict=True):
+        table.add_row(*cells)
+    return table
+
+
+def _parted(columns: Sequence[_Column], room: int) -> list[list[_Column]]:
+    """Columns for one table after the other, each of at least one and otherwise no wider."""
+    parts: list[list[_Column]] = [[]]
+    for column in columns:
+        if parts[-1] and sum(c.width for c in [*parts[-1], column]) > room:
+            parts.append([])
+        parts[-1].append(column)
+    return parts
+
+
+def _runs(records: Sequence[object]) -> str:
+    return f"{len(records)} run{'s' if len(records) != 1 else ''}"
+
+
+def _settings(key: str, configs: Sequence[Mapping[str, Any]]) -> _Column:
+    return _Column(key, [str(config.get(key, "-")) for config in configs])
+
+
+def _unlike_most(keys: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The settings of each run that are not the commonest ones."""
+    common = {
+        key: Counter(c[key] for c in configs if key in c).most_common(1)[0][0] for key in keys
+    }
+    return [
+        ", ".join(f"{key}={c[key]}" for key in keys if key in c and c[key] != common[key]) or "-"
+        for c in configs
+    ]
+
+
+def _metrics(records: Sequence[Mapping[str, Any]]) -> list[_Column]:
+    names = dict.fromkeys(name for record in records for name in record["metrics"])
+    aside = {"n"} | ends(names)
+    names = [n for n in names if "/" not in n and "balanced" not in n and n not in aside]
+    return [
+        _Column(name.replace("_", "\n"), [number(r["metrics"].get(name)) for r in records], True)
+        for name in names
+    ]
+
+
+def _costs(records: Sequence[Mapping[str, Any]]) -> list[_Column]:
+    if not any(record["cost"] for record in records):
+        return []
+    shown = (
+        ("latency\nms", "patched_total_ms", "{:.1f}"),
+        ("against\nexact", "speedup", "{:.2f}x"),
+        ("attention\nGFLOP", "attention_gflops", "{:.3f}"),
+    )
+    return [
+        _Column(title, [f.format(r["cost"][key]) if r["cost"] else "" for r in records], True)
+        for title, key, f in shown
+    ]
+
+
+def _differing(configs: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> list[str]:
+    """Settings that differ between runs, those of a group between runs that share its option."""
+    found = []
+    for key in dict.fromkeys(key for config in configs for key in config):
+        group = key.split(".")[0] if "." in key else ""
+        if key in groups or key in ("name", "outputs", "force"):
+            continue
+        values: dict[Any, set[Any]] = {}
+        for config in configs:
+            if key in config:
+                values.setdefault(config.get(group), set()).add(config[key])
+        if any(len(some) > 1 for some in values.values()):
+            found.append(key)
+    return found
