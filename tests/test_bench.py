@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from folders import variants_in
 
+import fna_lab.attn
 from fna_lab import ops
 from fna_lab.backbone.timm import TimmBackbone
 from fna_lab.bench import attention, packages, selection
@@ -17,6 +19,8 @@ from fna_lab.bench.__main__ import main
 from fna_lab.bench.settings import MASKS
 from fna_lab.metric import cost
 from fna_lab.report.timings import slopes
+
+CHOOSING = ("fna", "fna_paper", "subset")  # landmarks, of all variants
 
 
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, arguments: str) -> dict:
@@ -33,14 +37,17 @@ def test_attention_alone(
 ) -> None:
     found = run(monkeypatch, tmp_path, "--tokens 50 101 --batch 1 2 --heads 2 --head-dim 8")
     rows = found["rows"]
-    names = {*attention.VARIANTS, *filter(packages.installed, packages.ATTENTION)}
+    names = variants_in(Path(fna_lab.attn.__file__).parent) - {"explicit"}
+    names |= {*filter(packages.installed, packages.ATTENTION)}
     assert len(rows) == 2 * 2 * len(names) and {row["variant"] for row in rows} == names
     for row in rows:
         assert 0 < row["low_ms"] <= row["ms"] <= row["high_ms"] and row["peak_mib"] > 0
-        assert (row["selection_ms"] > 0) == (row["variant"] in ("fna", "fna_paper", "subset"))
+        assert (row["selection_ms"] > 0) == (row["variant"] in CHOOSING)
         if row["variant"] == "exact":
             assert row["speedup"] == 1
-    assert "quartiles" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "quartiles" in said
+    assert "explicit is left out: --landmarks 8: attn.num_explicit=16: expected" in said
     assert found["versions"]["torch"] and found["device"]["type"] == "cpu"
 
 
@@ -83,7 +90,7 @@ def test_a_variant_that_a_model_does_not_suit_is_left_out(
 
 
 def test_masks_stand_beside_what_they_are_put_on(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = "--tokens 50 --heads 2 --head-dim 8 --variants exact fna performer --no-memory"
     times = {}
@@ -96,6 +103,10 @@ def test_masks_stand_beside_what_they_are_put_on(
         for row in found[1:]:
             ratio = cost.ratio(times, f"{name} {row['mask']}", name)
             assert row["mask_cost"] == pytest.approx(ratio - 1)
+    times.clear()
+    run(monkeypatch, tmp_path, arguments.replace("exact fna performer", "registers") + " --masks")
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"registers is measured without {', '.join(MASKS)}, which it does not honour" in said
 
 
 @pytest.mark.parametrize("points", ["", "--model vit_tiny_patch16_224 --img-size 64 --block 2"])

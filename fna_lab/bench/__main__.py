@@ -1,6 +1,7 @@
 """How fast every variant is against the fused exact kernel, in one interleaved run.
 
-    python -m fna_lab.bench                           # attention alone, 197 to 16,385 tokens
+    python -m fna_lab.bench                           # every variant alone, 197 to 65,537 tokens
+    python -m fna_lab.bench --batch 1 8 --dtype float32 bfloat16     # in batches, and in half
     python -m fna_lab.bench --masks --variants exact fna     # what the cheap forms of masks cost
     python -m fna_lab.bench --model vit_small_patch14_dinov2 --img-size 518 1036 --layers 6-11
     python -m fna_lab.bench --selection               # landmark samplers alone, constructed points
@@ -42,7 +43,11 @@ def parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,  # `Settings` has the defaults
     )
     add = found.add_argument
-    add("--variants", nargs="+", help="names of conf/attn and of public packages; or all")
+    add(
+        "--variants",
+        nargs="+",
+        help="of conf/attn and of public packages; default: all",
+    )
     add("--tokens", nargs="+", type=int)
     add("--batch", nargs="+", type=int)
     add("--dtype", nargs="+", choices=DTYPES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,6 @@ from fna_lab.bench import packages
 from fna_lab.bench.progress import Say, follow
 from fna_lab.bench.settings import Settings
 from fna_lab.metric import cost
-
-VARIANTS = ("exact", "fna", "fna_paper", "subset", "nystromformer", "linformer_pool", "performer")
 
 
 class Call:
@@ -108,14 +106,15 @@ def bench_attention(
     """
     rows: list[dict[str, Any]] = []
     names = chosen_variants(settings, say)
-    variants: dict[str, AttentionVariant] = {
-        name: named_variant(name, settings.landmarks)
-        for name in names
-        if name not in packages.ATTENTION
-    }
+    variants = made_variants(names, settings, say)
+    names = [name for name in names if name in variants or name in packages.ATTENTION]
     if own is not None:
         names = [*names, f"attn={own.name}"]
         variants[names[-1]] = own
+    for name, variant in variants.items():
+        missed = [mask for mask in settings.masks if mask.split("-")[0] not in variant.patterns]
+        if missed:
+            say(f"{name} is measured without {', '.join(missed)}, which it does not honour")
     sizes = sorted(settings.tokens)
     cases = [(n, b, t) for t in settings.dtype for b in settings.batch for n in sizes]
     for tokens, batch, kind in follow(cases, "attention", settings):
@@ -149,7 +148,7 @@ def bench_attention(
 
 
 def chosen_variants(settings: Settings, say: Say) -> list[str]:
-    """Names of variants: those asked for, else the default ones and what is installed.
+    """Names of variants: those asked for, else all that there are and what is installed.
 
     Raises:
         ValueError: a name does not exist, or its package is not installed.
@@ -162,8 +161,7 @@ def chosen_variants(settings: Settings, say: Say) -> list[str]:
     if names is None or list(names) == ["all"]:
         for name in absent:
             say(f"{name} is not installed (the extra `bench` holds it)")
-        return [*(VARIANTS if names is None else ["exact", *(n for n in known if n != "exact")]),
-                *there]  # fmt: skip
+        return ["exact", *(name for name in known if name != "exact"), *there]
     for name in names:
         said = settings.named("variants", name)
         if name in absent:
@@ -182,8 +180,27 @@ def _is_variant(stem: str) -> bool:
     return any(issubclass(cls, AttentionVariant) for cls in own)
 
 
-def named_variant(name: str, landmarks: int) -> AttentionVariant:
-    """A variant with so many landmarks, where it has that setting."""
+def made_variants(
+    names: Sequence[str], settings: Settings, say: Say
+) -> dict[str, AttentionVariant]:
+    """Those of the names that are variants, with so many landmarks where they have that setting.
+
+    Raises:
+        ValueError: one that was asked for cannot have so many; of all, it is left out.
+    """
+    found: dict[str, AttentionVariant] = {}
+    for name in (name for name in names if name not in packages.ATTENTION):
+        try:
+            found[name] = _named_variant(name, settings.landmarks)
+        except ValueError as error:
+            said = f"{settings.named('landmarks', settings.landmarks)}: {error}"
+            if name in (settings.variants or ()):
+                raise ValueError(said) from None
+            say(f"{name} is left out: {said}")
+    return found
+
+
+def _named_variant(name: str, landmarks: int) -> AttentionVariant:
     try:
         return named_attention(name, num_landmarks=landmarks)
     except ValueError as error:

@@ -13,7 +13,7 @@ from fna_lab.attn.layers import parse_layers
 from fna_lab.backbone.patch import Patch, patch
 from fna_lab.backbone.timm import TimmBackbone
 from fna_lab.bench import packages
-from fna_lab.bench.attention import chosen_variants, measure, named_variant
+from fna_lab.bench.attention import chosen_variants, made_variants, measure
 from fna_lab.bench.progress import Say, follow
 from fna_lab.bench.settings import Settings
 
@@ -32,8 +32,11 @@ def bench_model(settings: Settings, say: Say) -> Iterator[dict[str, Any]]:
     names = chosen_variants(settings, say)
     for name in (n for n in names if n in packages.ATTENTION):
         say(f"{name} is left out: it has no part that a model could be patched with")
-    names = [n for n in names if n not in packages.ATTENTION]
-    names = ["exact", *(n for n in names if n != "exact")]
+    if settings.variants is None:
+        names.remove("block_svd")
+        say("block_svd is left out unless it is named: it takes minutes a block")
+    names = ["exact", *(name for name in names if name != "exact")]
+    variants = made_variants(names, settings, say) | {"free": Free()}
     cases = [
         (side, b, t) for t in settings.dtype for b in settings.batch for side in settings.img_size
     ]
@@ -51,8 +54,7 @@ def bench_model(settings: Settings, say: Say) -> Iterator[dict[str, Any]]:
                 one.enabled = one is chosen
             model(x)
 
-        for name in (*names, "free"):
-            variant = Free() if name == "free" else named_variant(name, settings.landmarks)
+        for name, variant in variants.items():
             if variant.min_tokens > backbone.num_tokens:
                 say(f"{name} is left out at {side} px: it needs {variant.min_tokens} tokens")
                 continue

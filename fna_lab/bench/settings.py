@@ -23,7 +23,7 @@ class Settings:
     """Settings of a benchmark.
 
     Attributes:
-        variants: names of conf/attn and of public packages, or `all`; None = the common ones.
+        variants: names of conf/attn and of public packages; `all` or None = all of them.
         samplers: landmark samplers, names or `name:setting=value,...`; None = the common ones.
         tokens: sizes, CLS included.
         batch: pictures of a batch, several sizes.
@@ -54,7 +54,7 @@ class Settings:
 
     variants: Sequence[str] | None = None
     samplers: Sequence[str] | None = None
-    tokens: Sequence[int] = (197, 1370, 4097, 16385)
+    tokens: Sequence[int] = (197, 1370, 4097, 16385, 65537)
     batch: Sequence[int] = (1,)
     dtype: Sequence[str] = ("float32",)
     heads: int = 6

@@ -48,7 +48,7 @@ slowest, rounds, least, seconds, memory: see `Settings`.
         part: str = "attention",
         variants: Sequence[str] | None = None,
         samplers: Sequence[str] | None = None,
-        tokens: Sequence[int] = (197, 1370, 4097, 16385),
+        tokens: Sequence[int] = (197, 1370, 4097, 16385, 65537),
         batch: Sequence[int] = (1,),
         dtype: Sequence[str] = ("float32",),
         heads: int | None = None,
