@@ -136,7 +136,16 @@ def test_kept_tokens_reads_every_padding_mask() -> None:
     for mask in (keep, least, endless, low):
         found = ops.kept_tokens(mask[:, None, None])
         assert found is not None and torch.equal(found, keep)
+    both = keep[:, :, None] & keep[:, None]  # timm's NaFlexViT: padding sees nothing
+    for mask in (keep[:, None].expand(1, 3, 3).clone(), both):
+        for whole in (mask, torch.zeros(1, 3, 3).masked_fill(~mask, -torch.inf)):
+            found = ops.kept_tokens(whole[:, None])
+            assert found is not None and torch.equal(found, keep)
+    causal = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+    packed = torch.block_diag(torch.ones(2, 2), torch.ones(1, 1))[None, None] > 0
+    assert ops.kept_tokens(causal) is None and ops.kept_tokens(packed) is None
     assert ops.kept_tokens(None) is None
+    assert ops.kept_tokens(torch.rand(1, 1, 3, 3)) is None  # a position bias
     assert ops.kept_tokens(torch.zeros(1, 4, 3, 3)) is None  # a position bias
 
 

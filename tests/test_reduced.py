@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -55,6 +56,18 @@ def test_landmarks_of_heads_in_a_batch_without_pictures(padded):
     context.classes = {"massive": torch.zeros(0, 25, dtype=torch.bool)}
     variant = FastNystromAttention(num_landmarks=5, per_head=True, exclude=["massive"])
     assert variant(q[:0], k[:0], v[:0], context).shape == q[:0].shape
+
+
+@pytest.mark.parametrize("attn", [SubsetAttention, FastNystromAttention])
+def test_landmarks_serve_no_block_with_other_tokens(attn):
+    q, k, v, context = call()
+    variant = attn(num_landmarks=5, landmarks=FarthestPointLandmarks(), renew="never")
+    variant(q, k, v, context)
+    fewer = [t[:, :, :20] for t in (q, k, v)]
+    last = {"x": context.x[:, :20], "grid": None}
+    found = variant(*fewer, dataclasses.replace(context, layer=2, nth=1, **last))
+    alone = variant(*fewer, dataclasses.replace(context, layer=2, shared={}, **last))
+    torch.testing.assert_close(found, alone)
 
 
 def segment_means(keep):

@@ -283,6 +283,8 @@ class KeyMaskedAttention(AttentionVariant):
             bias = None
             if attn_mask.dtype != torch.bool:
                 bias = attn_mask.masked_fill(~keys[:, None, None], 0)
+                if bias.shape[2] == bias.shape[3]:  # rows of padding are nobody's
+                    bias = bias.masked_fill(~keys[:, None, :, None], 0)
                 # A compiler cannot ask, and takes it for a bias.
                 asked = torch.compiler.is_compiling() or bool(bias.any())
                 bias = bias.expand(-1, -1, q.shape[2], -1) if asked else None

@@ -218,6 +218,7 @@ class LandmarkAttention(ReducedAttention):
         with context.timed("selection"):
             context.shared[slot] = sampling._sample(q, k, keys, context, points)
         context.shared[f"{slot}: layer"] = context.layer
+        context.shared[f"{slot}: size"] = context.x.shape[:2]
         return context.shared[slot]
 
     def served(self, keys: Tensor | None, context: Context) -> Tensor | None:
@@ -226,6 +227,8 @@ class LandmarkAttention(ReducedAttention):
         known = context.shared.get(slot)
         if known is None:
             return None
+        if context.x.shape[:2] != context.shared[f"{slot}: size"]:
+            return None  # a host that appends or drops tokens on the way
         last = context.shared[f"{slot}: layer"]
         if self.renewal.due(context.nth, context.layer, context.depth, last):
             return None

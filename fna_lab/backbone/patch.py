@@ -51,8 +51,9 @@ def patch(
 
     No weight, class or `forward` of the model is touched; `.remove()` or leaving the `with`
     restores it exactly. Patches nest: in a block that two of them claim, the later one acts.
-    Graphs of `torch.compile` are forgotten when a patch comes or goes, and made anew. One thread
-    at a time may run a patched model.
+    Graphs of `torch.compile` are forgotten when a patch comes or goes, and made anew; masks want
+    `fullgraph=True`, and neither schedules of rounds nor a guard can be compiled. One thread at a
+    time may run a patched model.
 
     Args:
         model: a timm, open_clip or transformers ViT, or a model that contains one.

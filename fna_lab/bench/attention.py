@@ -122,7 +122,7 @@ def bench_attention(
         runs = {}
         for name in names:
             least = variants[name].min_tokens if name in variants else settings.landmarks
-            seconds = _expected(rows, case, name)
+            seconds = _expected(rows, case, name, variants.get(name), settings)
             why = None
             if name == "exact" and tokens > settings.exact_limit:
                 why = settings.named("exact_limit", settings.exact_limit)
@@ -263,13 +263,25 @@ def measure(
     return rows
 
 
-def _expected(rows: list[dict[str, Any]], case: dict[str, Any], name: str) -> float:
-    """Seconds of a call, should it grow with the square of tokens from the last size on."""
+def _expected(
+    rows: list[dict[str, Any]],
+    case: dict[str, Any],
+    name: str,
+    variant: AttentionVariant | None,
+    settings: Settings,
+) -> float:
+    """Seconds of a call, should it grow with its FLOPs from the last size on; 0 = nobody knows."""
     same = ("batch", "dtype")
     known = [r for r in rows if r["variant"] == name and all(r[k] == case[k] for k in same)]
     if not known:
         return 0.0
-    return known[-1]["ms"] / 1e3 * (case["tokens"] / known[-1]["tokens"]) ** 2
+    last, now = known[-1]["tokens"], case["tokens"]
+    growth = (now / last) ** 2  # of a package, which tells no FLOPs
+    if variant is not None:
+        heads, dim = settings.heads, settings.head_dim
+        shape: Any = dict(heads=heads, head_dim=dim, channels=heads * dim, layers=1)
+        growth = variant.flops(now, **shape) / variant.flops(last, **shape)
+    return known[-1]["ms"] / 1e3 * growth
 
 
 def nearly_square(patches: int) -> tuple[int, int]:

@@ -63,7 +63,7 @@ class Settings:
     masks: Sequence[str] = ()
     masked_tokens: int = 4
     exact_limit: int = 20000
-    slowest: float = 60
+    slowest: float = 10
     rounds: int = 15
     least: int = 3
     seconds: float = 10

@@ -31,7 +31,7 @@ class Mask:
         detector: finds T in the same forward pass; None = `cls_proxy`.
         schedule: `oneshot` = T is what the detector finds at once; `iterative` = the blocks from
             `restart` to `detect` run again without what was found, until nothing new is. How
-            often depends on the pictures, so that `torch.compile` breaks its graph there.
+            often depends on the pictures, so that `torch.compile` cannot have it.
         per_round: of an iterative schedule, most tokens that a round adds, the ones that stand
             out most; None = all over the threshold.
         max_rounds: of an iterative schedule, most rounds.

@@ -16,29 +16,28 @@ def kept_tokens(attn_mask: Tensor | None) -> Tensor | None:
     """Tokens that are no padding, by the host's padding mask.
 
     Args:
-        attn_mask: bool `[b 1 1 n]`, or `[b 1 n n]` that is the same for all queries, True = may
-            be attended to, or float, `FAR` below zero or more elsewhere; others and None are no
-            padding masks. Waits for the device where the mask is `[b 1 n n]`.
+        attn_mask: bool `[b 1 1 n]`, or `[b 1 n n]` that is the same for all queries (those of
+            padding may be kept from everything), True = may be attended to, or float, `FAR` below
+            zero or more elsewhere; others and None are no padding masks. Waits for the device
+            where the mask is `[b 1 n n]`.
 
     Returns:
         bool `[b n]`; None = there is no padding mask.
     """
     if attn_mask is None or attn_mask.ndim != 4 or attn_mask.shape[1] != 1:
         return None
-    if attn_mask.shape[2] != 1 and not _same_for_all(attn_mask):
+    keep = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -FAR
+    if attn_mask.shape[2] == 1 or attn_mask.stride(2) == 0:
+        return keep[:, 0, 0]
+    if torch.compiler.is_compiling():  # a compiler can only ask how a mask lies
         return None
-    keys = attn_mask[:, 0, 0]
-    if keys.dtype == torch.bool:
-        return keys
-    return keys > -FAR
-
-
-def _same_for_all(attn_mask: Tensor) -> bool:
-    """Whether all queries have the same mask `[b 1 q n]`; a compiler can only ask how it lies."""
-    if attn_mask.stride(2) == 0:
-        return True
-    known = not torch.compiler.is_compiling() and attn_mask.shape[2] > 1
-    return known and bool((attn_mask == attn_mask[:, :, :1]).all())
+    keys, square = keep[:, 0].any(1), attn_mask.shape[2] == attn_mask.shape[3]
+    first = keys.int().argmax(1) if square else keys.new_zeros(len(keys), dtype=torch.long)
+    rows = attn_mask[:, 0]
+    same = rows == rows[torch.arange(len(rows), device=rows.device), first][:, None]
+    if square:  # padding may be kept from everything
+        same |= ~(keys[..., None] | keep[:, 0].any(2, keepdim=True))
+    return keys if bool(same.all()) else None
 
 
 def kept_before(kept: Tensor | None, x: Tensor, extra: int) -> Tensor | None:
