@@ -206,10 +206,10 @@ def test_unknown_names_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: P
             "--masked-tokens 9: expected at most 8, for CLS stays of the 9 tokens in "
             "--tokens 9 50",
         ),
-        ("--model resnet18 --img-size 64", "backbone.img_size=64: resnet18 takes no such setting"),
+        ("--model resnet18 --img-size 64", "--img-size 64: resnet18 takes no such setting"),
         (
             "--model vit_tiny_patch16_224 --img-size 100",
-            "backbone.img_size=100: expected a multiple of the patch size 16, such as 96 or 112",
+            "--img-size 100: expected a multiple of the patch size 16, such as 96 or 112",
         ),
         ("--selection --tokens 50 --samplers fps:foo=1", "fps has no setting foo; known: sketch"),
     ],

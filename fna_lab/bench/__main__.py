@@ -32,6 +32,13 @@ from fna_lab.report.table import make_console
 from fna_lab.report.timing_figures import plot
 from fna_lab.report.timings import device, slopes, timing_table
 
+# What settings of a backbone are called here.
+OPTIONS = {
+    "backbone.name": "--model",
+    "backbone.checkpoint": "--checkpoint",
+    "backbone.img_size": "--img-size",
+}
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -84,6 +91,13 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _in_options(said: str) -> str:
+    """What a backbone says of its settings, in the words of this command line."""
+    for setting, option in OPTIONS.items():
+        said = said.replace(f"{setting}=", f"{option} ")
+    return said
+
+
 def main() -> None:
     """Read the command line, measure, save case by case, and show."""
     asked = vars(parser().parse_args())
@@ -115,7 +129,7 @@ def main() -> None:
         if chosen is None and out.is_dir() and not rows:
             out.rmdir()
         said = isinstance(error, OSError) and error.strerror  # the system's own words
-        sys.exit(f"error: --out {out}: {said}" if said else f"error: {error}")
+        sys.exit(f"error: --out {out}: {said}" if said else f"error: {_in_options(str(error))}")
     if not rows:
         sys.exit("error: nothing was measured; see the lines above.")
     console.print(timing_table(rows))

@@ -55,7 +55,7 @@ def _panel(axes: Axes, rows: Rows, names: list[str], key: str) -> None:
     for i, name in enumerate(names):
         mine = [r for r in rows if label(r) == name]
         sizes, values = [r["tokens"] for r in mine], [r[key] for r in mine]
-        style: dict[str, Any] = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7]}
+        style: dict[str, Any] = {"color": COLOURS[i % 7], "marker": MARKERS[(i + i // 7) % 7]}
         style |= {"markersize": 5, "linestyle": ("-", "--", ":")[i // 7 % 3]}
         axes.plot(sizes, values, label=name, **style)
         if key == "ms":
