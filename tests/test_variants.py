@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -43,29 +44,29 @@ def test_explicit_attention_equals_its_definition(mask, per_head):
         num_landmarks=12, num_explicit=5, solver=PinvSolver(), source="k", per_head=per_head
     )
     out = variant(q, k, v, context)
-    keys = None if mask is None or mask.dtype != torch.bool else mask[:, 0, 0]
-    picks = variant.choose(q, k, keys, context)
-    logits = weights(q, k, context)
-    for b in range(2):
-        for h in range(3):
-            mine = (picks[b, h] if per_head else picks[b]).tolist()
-            assert len(set(mine)) == 12
-            known, marks = mine[:5], mine[5:]
-            rest = [i for i in range(25) if i not in known]
-            s, value = logits[b, h], v[b, h]
-            lift = s[marks][:, rest].logsumexp(1) - s[marks][:, marks].logsumexp(1)
-            behind = torch.cat([s[marks][:, rest].softmax(1) @ value[rest], lift[:, None]], 1)
-            spread = torch.linalg.pinv(s[marks][:, marks].softmax(1)) @ behind
-            for i in range(25):
-                if i in known:
-                    row = s[i].softmax(0) @ value
-                else:
-                    far = s[i, marks].softmax(0) @ spread
-                    mass = torch.stack([s[i, known].logsumexp(0), s[i, marks].logsumexp(0)])
-                    mass[1] += far[-1]
-                    share = mass.softmax(0)
-                    row = share[0] * (s[i, known].softmax(0) @ value[known]) + share[1] * far[:-1]
-                torch.testing.assert_close(out[b, h, i], row, rtol=1e-4, atol=1e-6)
+    picks, members = variant.taken(q, context)
+    logits, inner = weights(q, k, context), context.scale * q @ k.mT
+    kept = torch.ones(2, 25, dtype=torch.bool) if mask is not KEEP else mask[:, 0, 0]
+    bias = torch.zeros(1, 3, 25, 25, dtype=q.dtype) if mask is not BIAS else BIAS
+    for b, h in itertools.product(range(2), range(3)):
+        mine = (picks[b, h] if per_head else picks[b]).tolist()
+        homes = members[b, h] if per_head else members[b]
+        assert len(set(mine)) == 12 and homes[mine].tolist() == list(range(12))
+        assert (homes[kept[b]] >= 0).all() and (homes[~kept[b]] == -1).all()
+        groups = [(homes == place).nonzero()[:, 0] for place in range(12)]
+        assert all(group.tolist() == [mine[i]] for i, group in enumerate(groups[:5]))
+        # A cluster has the mean of its logits, the bias of its landmark and the log of its size.
+        columns = [inner[b, h][:, g].mean(1) + math.log(len(g)) for g in groups]
+        columns = torch.stack(columns, 1) + bias[0, h][:, mine]
+        shares, value = columns.softmax(1), v[b, h]
+        exact = logits[b, h][mine].softmax(1) @ value
+        fit = torch.linalg.pinv(shares[mine][:, 5:])
+        values = torch.cat(
+            [value[mine[:5]], value[mine[5:]] + fit @ (exact - shares[mine] @ value[mine])]
+        )
+        wanted = shares @ values
+        wanted[mine[:5]] = exact[:5]
+        torch.testing.assert_close(out[b, h], wanted, rtol=1e-5, atol=1e-7)
 
 
 def test_explicit_attention_with_fewer_tokens_than_picks_is_exact():

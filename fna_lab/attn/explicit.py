@@ -1,32 +1,35 @@
-"""Chosen tokens exact, the rest by Nystroem attention."""
+"""Chosen tokens exact, clusters stand for the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from fna_lab import ops
 from fna_lab.attn.base import Context
+from fna_lab.attn.fna import FastNystromAttention
 from fna_lab.attn.landmarks.base import LandmarkSampler
-from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
-from fna_lab.attn.reduced import LandmarkAttention
-from fna_lab.attn.solver.base import Solver, check_solver
-from fna_lab.attn.solver.ridge import RidgeSolver
+from fna_lab.attn.solver.base import Solver
 
 
-class ExplicitAttention(LandmarkAttention):
-    """A few explicit tokens are attended to, and attend, exactly; landmarks stand for the others.
+class ExplicitAttention(FastNystromAttention):
+    """A few explicit tokens are attended to, and attend, exactly; clusters stand for the others.
 
     Of the landmarks, the first `num_explicit` are explicit: guaranteed classes, then what the
-    sampler takes. With all tokens explicit, attention is exact.
+    sampler takes. They are clusters of themselves alone, with their own values, so that one
+    softmax weighs them against the others by log-sum-exp; the values of the other clusters are
+    fitted to the exact rows of all landmarks, as `fna` does. With all tokens explicit, attention
+    is exact.
 
     Args:
         num_landmarks: tokens picked in each picture, explicit ones included.
         num_explicit: how many of them are explicit: fewer than all, or all the tokens there are.
         landmarks: the sampler; None = half a grid, half farthest points.
         solver: what stands for the inverse of A; None = ridge.
-        source: what is sampled; see `LandmarkAttention`.
+        source: what is sampled and clustered; see `LandmarkAttention`.
+        sketch: project that to so many random dimensions first; None = no projection.
         renew: where landmarks are taken anew; see `LandmarkAttention`.
         guarantee: token classes that are explicit, as far as there is room.
         exclude: token classes that are neither explicit nor landmarks.
@@ -34,6 +37,9 @@ class ExplicitAttention(LandmarkAttention):
 
     Raises:
         ValueError: a setting is out of range.
+
+    Source: the explicit / implicit split of Fast Nystroem Attention's companion study, whose
+    implicit part is the plain Nystroem chain.
     """
 
     counts_at_will = False  # explicit tokens are among them
@@ -45,8 +51,9 @@ class ExplicitAttention(LandmarkAttention):
         num_explicit: int = 16,
         landmarks: LandmarkSampler | None = None,
         solver: Solver | None = None,
-        source: str = "normed",
-        renew: int | str = 1,
+        source: str = "k",
+        sketch: int | None = 64,
+        renew: int | str = "settled",
         guarantee: Sequence[str] = ("cls",),
         exclude: Sequence[str] = (),
         per_head: bool = False,
@@ -56,9 +63,11 @@ class ExplicitAttention(LandmarkAttention):
                 f"attn.num_landmarks={num_landmarks!r}: expected one number for all blocks."
             )
         super().__init__(
-            landmarks=landmarks or GridFarthestPointLandmarks(),
             num_landmarks=num_landmarks,
+            landmarks=landmarks,
+            solver=solver,
             source=source,
+            sketch=sketch,
             renew=renew,
             guarantee=guarantee,
             exclude=exclude,
@@ -71,8 +80,6 @@ class ExplicitAttention(LandmarkAttention):
                 f"attn.num_landmarks={num_landmarks}."
             )
         self.num_explicit = num_explicit
-        check_solver(solver)
-        self.solver = solver or RidgeSolver()
 
     def check_tokens(self, tokens: int) -> None:
         """Refuse more landmarks than tokens, and implicit tokens that nobody stands for."""
@@ -84,36 +91,38 @@ class ExplicitAttention(LandmarkAttention):
                 f"expected less than attn.num_landmarks={self.num_landmarks}."
             )
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        context: Context,
-        *,
-        keys: Tensor | None,
-        bias: Tensor | None,
-    ) -> Tensor:
-        """See `ops.explicit_attention`."""
-        return ops.explicit_attention(
-            q,
-            k,
-            v,
-            self.choose(q, k, keys, context),
-            self.num_explicit,
-            self.solver,
-            scale=context.scale,
-            keys=keys,
-            bias=bias,
-            distinct=not self.may_repeat,
-        )
+    def _exact_rows(self, context: Context) -> int:  # noqa: ARG002
+        return self.num_explicit
 
-    def layer_flops(self, tokens: int, heads: int, head_dim: int) -> int:
-        """FLOPs of the attention of one picture at one layer, without selection."""
-        marks = self.num_landmarks - self.num_explicit
-        both = 2 * ops.subset_flops(tokens, heads, head_dim, self.num_landmarks)
-        if not marks:
-            return both
-        thin = 2 * ops.subset_flops(tokens, heads, head_dim, marks)
-        solve = self.solver.flops(marks, marks, head_dim)
-        return both + ops.nystrom_flops(tokens, heads, head_dim, marks, solve=solve) - thin
+    def _solver(self) -> Callable[[Tensor, Tensor], Tensor]:
+        return self._solve
+
+    def _solve(self, kernel: Tensor, values: Tensor) -> Tensor:
+        """Corrections `[b h m d]` of the landmarks' values: none of the explicit ones."""
+        first = self.num_explicit
+        known = first if self.solver.square else 0
+        own = values.new_zeros(*values.shape[:2], first, values.shape[3])
+        if first == kernel.shape[3]:
+            return own
+        rest = self.solver(kernel[:, :, known:, first:], values[:, :, known:])
+        return torch.cat([own, rest], dim=2)
+
+    def _cluster(
+        self, points: Tensor, landmarks: Tensor, keys: Tensor | None, *, distinct: bool
+    ) -> Tensor:
+        """The landmark of each token: explicit ones have nobody but themselves."""
+        first, rest = landmarks[:, : self.num_explicit], landmarks[:, self.num_explicit :]
+        members = landmarks.new_full(points.shape[:2], -1)
+        if rest.shape[1]:
+            allowed = torch.ones_like(members, dtype=torch.bool) if keys is None else keys.clone()
+            allowed.scatter_(1, first, False)
+            members = ops.nearest_landmarks(points, rest, allowed=allowed, distinct=distinct)
+            members = torch.where(members < 0, members, members + self.num_explicit)
+        place = torch.arange(first.shape[1], device=first.device).expand_as(first)
+        return members.scatter_reduce(1, first, place, "amin", include_self=False)
+
+    def _fitted(self, landmarks: Tensor, keys: Tensor | None, tokens: int) -> Tensor | None:  # noqa: ARG002
+        return None  # the rows of all of them
+
+    def _rows_of(self, marks: int) -> int:
+        return marks

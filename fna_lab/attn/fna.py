@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -108,9 +108,9 @@ class FastNystromAttention(LandmarkAttention):
         bias: Tensor | None,
     ) -> Tensor:
         """See `ops.clustered_attention` and `ops.nystrom_attention`."""
-        more: dict[str, Any] = {"scale": context.scale, "solver": self.solver}
+        more: dict[str, Any] = {"scale": context.scale, "solver": self._solver()}
         more |= {"keys": keys, "bias": bias, "distinct": self._distinct(keys, context)}
-        more["exact_rows"] = int(self.exact_cls and "cls" in self.guarantee and context.has_cls)
+        more["exact_rows"] = self._exact_rows(context)
         landmarks, points = self.served(keys, context), None
         if landmarks is None:
             with context.timed("selection"):
@@ -178,6 +178,14 @@ class FastNystromAttention(LandmarkAttention):
             shared[order], shared[begin] = ops.cluster_runs(shared[members], landmarks.shape[1])
         return found | {"runs": (shared[order], shared[begin])}
 
+    def _exact_rows(self, context: Context) -> int:
+        """How many of the first landmarks get their exact outputs."""
+        return int(self.exact_cls and "cls" in self.guarantee and context.has_cls)
+
+    def _solver(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """(A `[b h r m]`, B `[b h r d]`) -> Z(A) B."""
+        return self.solver
+
     def _members(
         self,
         points: Tensor,
@@ -190,8 +198,14 @@ class FastNystromAttention(LandmarkAttention):
         if self.per_head and keys is not None:
             keys = keys.repeat_interleave(landmarks.shape[1], dim=0)
         marks = landmarks.flatten(0, 1) if self.per_head else landmarks
-        members = ops.nearest_landmarks(points, marks, allowed=keys, distinct=distinct)
+        members = self._cluster(points, marks, keys, distinct=distinct)
         return members.unflatten(0, landmarks.shape[:2]) if self.per_head else members
+
+    def _cluster(
+        self, points: Tensor, landmarks: Tensor, keys: Tensor | None, *, distinct: bool
+    ) -> Tensor:
+        """The landmark of each token, long `[b n]`, for landmarks `[b m]` and keys `[b n]`."""
+        return ops.nearest_landmarks(points, landmarks, allowed=keys, distinct=distinct)
 
     def _fitted(self, landmarks: Tensor, keys: Tensor | None, tokens: int) -> Tensor | None:
         """Tokens whose exact outputs are fitted, long `[b r]` or `[b h r]`; None = landmarks."""

@@ -78,7 +78,6 @@ from fna_lab.ops.error import (
     solve_residual,
     weight_facts,
 )
-from fna_lab.ops.explicit import explicit_attention
 from fna_lab.ops.knapsack import cheapest_choice
 from fna_lab.ops.merging import bipartite_matching, most_similar
 from fna_lab.ops.ncut import Cut, align_axes, extend_cut, normalized_cut, rbf_bandwidth
@@ -176,7 +175,6 @@ __all__ = [
     "coverage_radius",
     "defect_direction",
     "drawn_attention",
-    "explicit_attention",
     "extend_cut",
     "farthest_points",
     "farthest_points_flops",
