@@ -10,6 +10,7 @@ import torch
 from calls import BIAS, KEEP, call
 
 from fna_lab.attn.base import Context
+from fna_lab.attn.explicit import ExplicitAttention
 from fna_lab.attn.fna import FastNystromAttention
 from fna_lab.attn.landmarks.fps import FarthestPointLandmarks
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
@@ -56,6 +57,26 @@ def test_landmarks_of_heads_in_a_batch_without_pictures(padded):
     context.classes = {"massive": torch.zeros(0, 25, dtype=torch.bool)}
     variant = FastNystromAttention(num_landmarks=5, per_head=True, exclude=["massive"])
     assert variant(q[:0], k[:0], v[:0], context).shape == q[:0].shape
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+@pytest.mark.parametrize("attn", [ExplicitAttention, FastNystromAttention])
+def test_compiled_masks_of_all_queries_are_padding_too(attn, both_ways):
+    keep = (torch.arange(25) < 18).expand(2, -1)
+    pairs = (keep[:, :, None] | (not both_ways)) & keep[:, None]
+    mask = torch.zeros(2, 1, 25, 25).double().masked_fill(~pairs[:, None], -torch.inf)
+    q, k, v, context = call(attn_mask=mask)
+    more = {"num_explicit": 3} if attn is ExplicitAttention else {}
+    variant = attn(num_landmarks=8, landmarks=FarthestPointLandmarks(), **more)
+
+    def attend(q, k, v):
+        context.shared.clear()
+        return variant(q, k, v, context)
+
+    eager = attend(q, k, v)[:, :, :18]
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)(q, k, v)[:, :, :18]
+    torch.testing.assert_close(compiled, eager)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("attn", [SubsetAttention, FastNystromAttention])

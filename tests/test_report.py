@@ -138,6 +138,19 @@ def test_many_settings_and_metrics_stay_legible_and_tasks_apart() -> None:
             assert f" {j + i / 7:.4f} " in f"{text} "
 
 
+def test_narrow_terminals_and_brackets_lose_nothing() -> None:
+    runs = [made(attn, 8, 0.9) for attn in ("fna", "nystromformer", "exact")]
+    for i, run in enumerate(runs):
+        run["config"]["backbone"]["name"] = f"vit_small_patch14_reg{i}_dinov2.lvd142m"
+        run["config"]["data"] = {"_target_": "fna_lab.data.folder.F", "root": f"/a/[b{i}]/x[/c]"}
+        run["metrics"] |= {f"metric_{j}": j + i / 7 for j in range(9)}
+    text = shown(sweep.show_sweep, runs, width=80)
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
+    text = " ".join(text.split())
+    assert text.count(" 1.50x ") == 3 and "data.root=/a/[b0]/x[/c]" in text
+    assert all(f"{j + i / 7:.4f}" in text for j in range(9) for i in range(3))
+
+
 def test_figure_and_shell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -84,6 +84,29 @@ def test_explicit_attention_with_fewer_tokens_than_picks_is_exact():
     torch.testing.assert_close(variant(q, k, v, context), exact, rtol=1e-4, atol=1e-6)
 
 
+def test_gradients_of_explicit_tokens_that_repeat_count_once():
+    keep = (torch.arange(25) < 20).expand(2, 1, 1, -1)
+    q, k, v, context = call(attn_mask=keep)
+    variant = ExplicitAttention(
+        num_landmarks=25, num_explicit=9, landmarks=RandomLandmarks(), solver=PinvSolver()
+    )
+    weight = torch.randn_like(v)
+
+    def total(v):
+        context.shared.clear()
+        return (weight * variant(q, k, v, context)).sum()
+
+    found = torch.autograd.functional.jacobian(total, v)
+    exact = weights(q, k, context).softmax(-1).mT @ weight
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-6)
+
+
+def test_all_explicit_tokens_leave_nobody_for_excluded_ones():
+    variant = ExplicitAttention(num_landmarks=25, num_explicit=25, exclude=["massive"])
+    with pytest.raises(ValueError, match="leaves no landmark for excluded tokens"):
+        variant.check_tokens(25)
+
+
 @pytest.mark.parametrize("num", [0, 7, True, 2.5])
 def test_bad_numbers_of_explicit_tokens_are_named(num):
     with pytest.raises(ValueError, match=r"attn.num_explicit=.*: expected an integer from 1 to"):

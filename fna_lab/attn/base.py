@@ -279,6 +279,10 @@ class KeyMaskedAttention(AttentionVariant):
         if attn_mask is None:
             return None, None
         keys = ops.kept_tokens(attn_mask)
+        single = attn_mask.dtype != torch.bool and attn_mask.shape[1] == 1
+        if keys is None and single and torch.compiler.is_compiling():
+            # What padding is it may ask; whether queries differ besides stays in the bias.
+            keys = (attn_mask[:, 0] > -ops.FAR).any(1)
         if keys is not None:
             bias = None
             if attn_mask.dtype != torch.bool:

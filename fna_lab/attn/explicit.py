@@ -21,7 +21,8 @@ class ExplicitAttention(FastNystromAttention):
     sampler takes. They are clusters of themselves alone, with their own values, so that one
     softmax weighs them against the others by log-sum-exp; the values of the other clusters are
     fitted to the exact rows of all landmarks, as `fna` does. With all tokens explicit, attention
-    is exact.
+    is exact. Explicit tokens that a mask of the stage `sink` takes away see themselves as those of
+    `fna` do.
 
     Args:
         num_landmarks: tokens picked in each picture, explicit ones included.
@@ -84,6 +85,11 @@ class ExplicitAttention(FastNystromAttention):
     def check_tokens(self, tokens: int) -> None:
         """Refuse more landmarks than tokens, and implicit tokens that nobody stands for."""
         super().check_tokens(tokens)
+        if self.num_explicit == self.num_landmarks and self.exclude:
+            raise ValueError(
+                f"attn.exclude={list(self.exclude)}: leaves no landmark for excluded tokens with "
+                f"attn.num_explicit={self.num_explicit} of {self.num_landmarks}; expected fewer."
+            )
         if self.num_explicit == self.num_landmarks < tokens:
             raise ValueError(
                 f"attn.num_explicit={self.num_explicit}: leaves no landmark of the "
@@ -114,6 +120,7 @@ class ExplicitAttention(FastNystromAttention):
         first, rest = landmarks[:, : self.num_explicit], landmarks[:, self.num_explicit :]
         members = landmarks.new_full(points.shape[:2], -1)
         if rest.shape[1]:
+            # Where few tokens may be taken the rest may repeat explicit ones: empty clusters.
             allowed = torch.ones_like(members, dtype=torch.bool) if keys is None else keys.clone()
             allowed.scatter_(1, first, False)
             members = ops.nearest_landmarks(points, rest, allowed=allowed, distinct=distinct)

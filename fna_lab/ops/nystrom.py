@@ -239,7 +239,9 @@ def put_tokens(out: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
     """What attention gave, `[b h n d]`, with rows `[b h m d]` at long `[b m]` or `[b h m]`."""
     index = each_head(tokens)[..., None].expand_as(rows)
     if out.requires_grad:  # the fused kernel keeps its output for the backward pass
-        return out.scatter(2, index, rows)
+        # A token that stands there twice would be handed its gradient twice.
+        again = each_head(repeated_landmarks(tokens))[..., None]
+        return out.scatter(2, index, torch.where(again, rows.detach(), rows))
     return out.scatter_(2, index, rows)
 
 

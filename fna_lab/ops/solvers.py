@@ -45,7 +45,9 @@ def newton_schulz(kernel: Tensor, iters: int = 6) -> Tensor:
     if not isinstance(iters, int) or iters < 0:
         raise ValueError(f"Expected iters to be an integer >= 0, got {iters!r}.")
     eye = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
-    z = kernel.mT / kernel.sum(-2).amax(-1)[..., None, None]
+    # A part of a kernel may be all zero, where other landmarks take everything.
+    most = kernel.sum(-2).amax(-1).clamp_min(torch.finfo(kernel.dtype).tiny)
+    z = kernel.mT / most[..., None, None]
     for _ in range(iters):
         az = kernel @ z
         z = 0.25 * z @ (13 * eye - az @ (15 * eye - az @ (7 * eye - az)))

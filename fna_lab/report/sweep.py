@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 GROUPS = ("backbone", "data", "attn", "mask")  # a column each; every task has its own tables
@@ -43,7 +44,7 @@ def show_sweep(records: Sequence[Mapping[str, Any]], console: Console) -> None:
     for task, some in tasks.items():
         title = f"{task}, {_runs(some)}" if len(tasks) > 1 else None
         for table in _tables(some, console.width):
-            table.title, table.title_justify = title, "left"
+            table.title, table.title_justify = title and escape(title), "left"
             console.print(table)
 
 
@@ -87,8 +88,16 @@ def _tables(records: Sequence[Mapping[str, Any]], width: int) -> Iterator[Table]
     numbers = [*_metrics(records), *_costs(records)]
     widest = max((column.width for column in numbers), default=0)
     if sum(column.width for column in [*first, *more]) + widest > width:
-        first.insert(0, _Column("run", [str(i) for i in range(len(records))], True))
-        yield _table([*first, _Column(FOLDED, _unlike_most(extra, configs), folded=True)])
+        run = _Column("run", [str(i) for i in range(len(records))], True)
+        groups = [replace(column, folded=True) for column in first]
+        said = _Column(FOLDED, _unlike_most(extra, configs), folded=True)
+        table = _table([run, *groups, said])
+        table.caption = escape(f"most runs: {_written(_commonest(extra, configs))}")
+        table.caption_justify = "left"
+        yield table
+        first = [run, *first]
+        if sum(column.width for column in first) + widest > width:
+            first = [run]
     else:
         first += more
     room = width - sum(column.width for column in first)
@@ -100,9 +109,10 @@ def _table(columns: Sequence[_Column]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for column in columns:
         side: Literal["left", "right"] = "right" if column.right else "left"
-        table.add_column(column.title, justify=side, no_wrap=not column.folded, overflow="fold")
+        title = escape(column.title)
+        table.add_column(title, justify=side, no_wrap=not column.folded, overflow="fold")
     for cells in zip(*(column.cells for column in columns), strict=True):
-        table.add_row(*cells)
+        table.add_row(*map(escape, cells))
     return table
 
 
@@ -124,15 +134,22 @@ def _settings(key: str, configs: Sequence[Mapping[str, Any]]) -> _Column:
     return _Column(key, [str(config.get(key, "-")) for config in configs])
 
 
+def _commonest(keys: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The commonest value of each setting among the runs that have it."""
+    return {key: Counter(c[key] for c in configs if key in c).most_common(1)[0][0] for key in keys}
+
+
 def _unlike_most(keys: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """The settings of each run that are not the commonest ones."""
-    common = {
-        key: Counter(c[key] for c in configs if key in c).most_common(1)[0][0] for key in keys
-    }
+    common = _commonest(keys, configs)
     return [
-        ", ".join(f"{key}={c[key]}" for key in keys if key in c and c[key] != common[key]) or "-"
+        _written({key: c[key] for key in keys if key in c and c[key] != common[key]}) or "-"
         for c in configs
     ]
+
+
+def _written(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in settings.items())
 
 
 def _metrics(records: Sequence[Mapping[str, Any]]) -> list[_Column]:
@@ -146,7 +163,7 @@ def _metrics(records: Sequence[Mapping[str, Any]]) -> list[_Column]:
 
 
 def _costs(records: Sequence[Mapping[str, Any]]) -> list[_Column]:
-    if not any(record["cost"] for record in records):
+    if not any(record.get("cost") for record in records):
         return []
     shown = (
         ("latency\nms", "patched_total_ms", "{:.1f}"),
@@ -154,7 +171,7 @@ def _costs(records: Sequence[Mapping[str, Any]]) -> list[_Column]:
         ("attention\nGFLOP", "attention_gflops", "{:.3f}"),
     )
     return [
-        _Column(title, [f.format(r["cost"][key]) if r["cost"] else "" for r in records], True)
+        _Column(title, [f.format(r["cost"][key]) if r.get("cost") else "" for r in records], True)
         for title, key, f in shown
     ]
 
