@@ -32,7 +32,7 @@ def bench_model(settings: Settings, say: Say) -> Iterator[dict[str, Any]]:
     names = chosen_variants(settings, say)
     for name in (n for n in names if n in packages.ATTENTION):
         say(f"{name} is left out: it has no part that a model could be patched with")
-    if settings.variants is None:
+    if "block_svd" in names and "block_svd" not in (settings.variants or ()):
         names.remove("block_svd")
         say("block_svd is left out unless it is named: it takes minutes a block")
     names = ["exact", *(name for name in names if name != "exact")]

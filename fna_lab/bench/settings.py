@@ -23,7 +23,8 @@ class Settings:
     """Settings of a benchmark.
 
     Attributes:
-        variants: names of conf/attn and of public packages; `all` or None = all of them.
+        variants: names of conf/attn and of public packages; `all` or None = all of them (but in
+            whole models `block_svd`, which has to be named there).
         samplers: landmark samplers, names or `name:setting=value,...`; None = the common ones.
         tokens: sizes, CLS included.
         batch: pictures of a batch, several sizes.
