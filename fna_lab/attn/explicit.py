@@ -73,6 +73,7 @@ class ExplicitAttention(FastNystromAttention):
             guarantee=guarantee,
             exclude=exclude,
             per_head=per_head,
+            rows=1,  # the rows of all landmarks are there
         )
         good = isinstance(num_explicit, int) and not isinstance(num_explicit, bool)
         if not good or not 1 <= num_explicit <= num_landmarks:
@@ -127,9 +128,3 @@ class ExplicitAttention(FastNystromAttention):
             members = torch.where(members < 0, members, members + self.num_explicit)
         place = torch.arange(first.shape[1], device=first.device).expand_as(first)
         return members.scatter_reduce(1, first, place, "amin", include_self=False)
-
-    def _fitted(self, landmarks: Tensor, keys: Tensor | None, tokens: int) -> Tensor | None:  # noqa: ARG002
-        return None  # the rows of all of them
-
-    def _rows_of(self, marks: int) -> int:
-        return marks

@@ -6,10 +6,12 @@ import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
+
+from fna_lab.attn.settings import is_whole
 
 Copied = TypeVar("Copied", bound="BlockCounts")
 Counts = int | Mapping[int, int] | Sequence[int]
@@ -43,11 +45,11 @@ def parse_layers(layers: object, depth: int, *, setting: str) -> tuple[int, ...]
     elif isinstance(layers, Iterable):
         # Also of numpy and torch, whose integers are none of Python's.
         found = layers.tolist() if isinstance(layers, np.ndarray | Tensor) else list(layers)
-        found = [int(i) if _is_whole(i) else i for i in found]
+        found = [int(i) if is_whole(i) else i for i in found]
     else:
         raise ValueError(f"{setting}={layers!r}: expected layers such as 6-11, [6, 7] or 0.5.")
     for layer in found:
-        if not _is_whole(layer) or not 0 <= layer < depth:
+        if not is_whole(layer) or not 0 <= layer < depth:
             raise ValueError(
                 f"{setting}={layers!r}: block {layer!r} does not exist; "
                 f"the backbone has {depth} blocks, 0 to {depth - 1}."
@@ -93,10 +95,6 @@ class Renewal:
         if layer > middle:
             return (layer - middle) // 3 > (last - middle) // 3
         return nth % self.every == 0 if self.every else nth == 0
-
-
-def _is_whole(value: object) -> TypeGuard[int]:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _parse_text(text: str, depth: int, setting: str) -> list[int]:
@@ -147,7 +145,7 @@ class BlockCounts:
         else:
             several = [counts]
         whole = [*several, *(counts if isinstance(counts, Mapping) else ())]
-        if not several or not all(map(_is_whole, whole)) or min(several) < 1:
+        if not several or not all(map(is_whole, whole)) or min(several) < 1:
             raise ValueError(
                 f"attn.num_landmarks={counts!r}: expected an integer >= 1, or one for each block "
                 "such as {6: 64, 7: 32} or [64, 32]."

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
+from typing import TypeGuard
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer, numpy's included, and no truth value."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_integer(
@@ -16,11 +22,7 @@ def check_integer(
     """
     if optional and value is None:
         return
-    if (
-        isinstance(value, Integral)
-        and not isinstance(value, bool)
-        and (least is None or int(value) >= least)
-    ):
+    if is_whole(value) and (least is None or int(value) >= least):
         return
     wanted = "an integer" if least is None else f"an integer >= {least}"
     wanted += ", or null" if optional else ""

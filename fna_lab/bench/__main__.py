@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from fna_lab.bench.attention import bench_attention
 from fna_lab.bench.model import bench_model
@@ -33,7 +32,6 @@ from fna_lab.report.table import make_console
 from fna_lab.report.timing_figures import plot
 from fna_lab.report.timings import device, slopes, timing_table
 
-WIDTH = 120  # of the table, at least
 # What settings of a backbone are called here.
 OPTIONS = {
     "backbone.name": "--model",
@@ -52,11 +50,7 @@ def parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,  # `Settings` has the defaults
     )
     add = found.add_argument
-    add(
-        "--variants",
-        nargs="+",
-        help="of conf/attn and of public packages; default: all",
-    )
+    add("--variants", nargs="+", help="of conf/attn and of public packages; default: all")
     add("--tokens", nargs="+", type=int)
     add("--batch", nargs="+", type=int)
     add("--dtype", nargs="+", choices=DTYPES)
@@ -134,7 +128,7 @@ def main() -> None:
         sys.exit(f"error: --out {out}: {said}" if said else f"error: {_in_options(str(error))}")
     if not rows:
         sys.exit("error: nothing was measured; see the lines above.")
-    Console(width=max(console.width, WIDTH)).print(timing_table(rows))  # digits are never cut
+    make_console(wide=True).print(timing_table(rows))
     console.print(f"  {device(facts)}", highlight=False)
     title = settings.model or f"attention, {settings.heads} heads of {settings.head_dim}"
     title = "selection" if selection else title

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -279,8 +280,8 @@ def _expected(
     growth = (now / last) ** 2  # of a package, which tells no FLOPs
     if variant is not None:
         heads, dim = settings.heads, settings.head_dim
-        shape: Any = dict(heads=heads, head_dim=dim, channels=heads * dim, layers=1)
-        growth = variant.flops(now, **shape) / variant.flops(last, **shape)
+        flops = partial(variant.flops, heads=heads, head_dim=dim, channels=heads * dim, layers=1)
+        growth = flops(now) / flops(last)
     return known[-1]["ms"] / 1e3 * growth
 
 

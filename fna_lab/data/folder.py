@@ -38,10 +38,11 @@ class FolderData(PictureData):
         if not self.root.is_dir():
             raise FileNotFoundError(f"data.root={self.root}: there is no such directory.")
         paths = sorted(p for p in self.root.rglob("*") if p.is_file())
-        hidden = [
-            any(part.startswith(".") for part in p.relative_to(self.root).parts) for p in paths
+        paths = [
+            path
+            for path in paths
+            if not any(part.startswith(".") for part in path.relative_to(self.root).parts)
         ]
-        paths = [path for path, aside in zip(paths, hidden, strict=True) if not aside]
         found: list[Path] = []
         for path in paths:
             if self.limit is not None and len(found) == self.limit:

@@ -89,10 +89,10 @@ def _tables(records: Sequence[Mapping[str, Any]], width: int) -> Iterator[Table]
     widest = max((column.width for column in numbers), default=0)
     if sum(column.width for column in [*first, *more]) + widest > width:
         run = _Column("run", [str(i) for i in range(len(records))], True)
-        groups = [replace(column, folded=True) for column in first]
-        said = _Column(FOLDED, _unlike_most(extra, configs), folded=True)
-        table = _table([run, *groups, said])
-        table.caption = escape(f"most runs: {_written(_commonest(extra, configs))}")
+        common = _commonest(extra, configs)
+        said = _Column(FOLDED, _unlike(common, configs), folded=True)
+        table = _table([run, *(replace(column, folded=True) for column in first), said])
+        table.caption = escape(f"most runs: {_written(common)}")
         table.caption_justify = "left"
         yield table
         first = [run, *first]
@@ -139,11 +139,11 @@ def _commonest(keys: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> dic
     return {key: Counter(c[key] for c in configs if key in c).most_common(1)[0][0] for key in keys}
 
 
-def _unlike_most(keys: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The settings of each run that are not the commonest ones."""
-    common = _commonest(keys, configs)
+def _unlike(common: Mapping[str, Any], configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The settings of each run that are not the common ones."""
     return [
-        _written({key: c[key] for key in keys if key in c and c[key] != common[key]}) or "-"
+        _written({key: c[key] for key, value in common.items() if c.get(key, value) != value})
+        or "-"
         for c in configs
     ]
 

@@ -42,13 +42,18 @@ MEASURES = {
     "decay": "decay: strongest sink (share), sinks left, norms (medians) as sinks are taken out",
 }
 COUNTED = {"decay": "round", "velocity": "step"}  # others by the block
+WIDTH = 120  # of the console, where wide tables need room
 COLUMNS = 10  # of one table: more would be folded
 
 
-def make_console() -> Console:
-    """Standard output; a file or pipe has no width of its own, so it gets room for wide tables."""
+def make_console(*, wide: bool = False) -> Console:
+    """Standard output; a file or pipe has no width of its own, so it gets room for wide tables.
+
+    With `wide` a narrow terminal gets it too, and breaks the lines where rich would cut digits.
+    """
     console = Console()
-    return console if console.is_terminal else Console(width=120)
+    fits = console.is_terminal and not (wide and console.width < WIDTH)
+    return console if fits else Console(width=WIDTH)
 
 
 def show(record: Mapping[str, Any], console: Console) -> None:
