@@ -44,6 +44,7 @@ def main() -> None:
     # Without this, Hydra prints a traceback of its own and leaves no chance to say what is wrong.
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    stopped = False
     try:
         check_arguments(sys.argv[1:], conf_dir())
         sys.argv[1:] = spread(smoke(flags_last(sys.argv[1:]), conf_dir()))
@@ -51,11 +52,16 @@ def main() -> None:
     except Exception as error:
         if error not in failed.values():
             failed[""] = error
+    except KeyboardInterrupt:
+        stopped = True
     _print_sweep(done)
     if failed and full:
         raise next(iter(failed.values()))
     for label, error in failed.items():
         print(f"error: {label}{explain(error, conf_dir())}", file=sys.stderr)
+    if stopped:
+        print("interrupted; a sweep started again keeps what is finished", file=sys.stderr)
+        sys.exit(130)  # as shells expect it
     sys.exit(1 if failed else 0)
 
 
@@ -169,7 +175,7 @@ def _job(cfg: DictConfig, done: list[Path], failed: dict[str, Exception]) -> dic
             found = record.read(old)
         else:
             found = run(cfg, folder)
-            table.show(found, table.make_console())
+            table.show(found, table.make_console(wide="timing" in found))
             log.info("results: %s", folder)
     except Exception as error:
         log.debug("", exc_info=True)  # the traceback, to run.log
@@ -187,4 +193,6 @@ def _print_sweep(done: list[Path]) -> None:
         return
     from fna_lab.report import record, sweep, table
 
-    sweep.show_sweep([record.read(folder) for folder in done], table.make_console())
+    records = [record.read(folder) for folder in done]
+    wide = any("timing" in found for found in records)
+    sweep.show_sweep(records, table.make_console(wide=wide))

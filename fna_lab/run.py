@@ -36,13 +36,15 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     Args:
         cfg: the composed config.
-        folder: where `metrics.json` and `samples.parquet` go, once everything is measured.
+        folder: where `metrics.json` and `samples.parquet` go, once everything is measured. Of a
+            run that ends before, the samples that it has go to `unfinished.parquet`.
 
     Returns:
         The record, as written to `metrics.json`.
 
     Raises:
         ValueError: settings that do not fit each other, naming the setting and the value.
+        KeyboardInterrupt: somebody stopped it.
     """
     begin = time.time()
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -66,7 +68,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
                 raise ValueError(
                     f"trainer.devices={cfg.trainer.devices}: expected 1; a run measures on one."
                 )
-            trainer.test(task, datamodule=data, verbose=False)
+            _test(trainer, task, data, folder)
         _check_found(patched)
         record = {
             "name": cfg.name,
@@ -181,6 +183,23 @@ def _calibrating(
         backbone.to(device)
         yield data.calibration(count).to(device)
     backbone.to("cpu")
+
+
+def _test(trainer: L.Trainer, task: Task, data: PictureData, folder: Path) -> None:
+    """Measure; what a loop that ends before its end has measured goes to the folder.
+
+    Raises:
+        KeyboardInterrupt: somebody stopped it; Lightning makes SystemExit of Ctrl-C and SIGTERM.
+    """
+    try:
+        trainer.test(task, datamodule=data, verbose=False)
+    except BaseException as error:
+        if task.rows:
+            kept = records.write_unfinished(task.rows, folder)
+            log.warning("not finished; what was measured until then: %s", kept)
+        if isinstance(error, SystemExit):
+            raise KeyboardInterrupt from error
+        raise
 
 
 def _mask_facts(patched: Patch) -> dict[str, Any]:

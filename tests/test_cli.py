@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +18,7 @@ import torch
 from fna_lab.cli import check_arguments, conf_dir, main
 from fna_lab.help import first_comment
 from fna_lab.report.__main__ import main as report
+from fna_lab.task.fidelity import Fidelity
 
 QUICK = ["data.count=6", "task.protocols=[zero_shot]", "task.cost=false", "trainer=cpu"]
 TINY_TIMM = ["backbone=timm", "backbone.name=vit_tiny_patch16_224.augreg_in21k_ft_in1k"]
@@ -124,6 +126,29 @@ def test_multirun_goes_on_after_a_failure_and_says_so(
     assert "2 runs" not in capsys.readouterr().out
     assert len(run("-m", "attn=exact,fna", "attn.layers=7,6", *QUICK)) == 4
     assert len(run("-m", "attn=exact,fna", "attn.layers=7,6", "force=true", *QUICK)) == 8
+
+
+def test_an_interrupted_sweep_keeps_what_it_has(capsys: pytest.CaptureFixture[str]) -> None:
+    steps, step = list[int](), Fidelity.step
+
+    def interrupted(task: Fidelity, batch: dict[str, Any]) -> None:
+        steps.append(len(batch["image"]))
+        if len(steps) == 6:  # the second batch of the third run
+            raise KeyboardInterrupt
+        step(task, batch)
+
+    sweep = ["-m", "attn=exact,fna,subset", "task=fidelity", "data.batch_size=3"]
+    sweep += ["data.count=6", "task.cost=false", "trainer=cpu", "data=noise"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Fidelity, "step", interrupted)
+        done = run(*sweep, code=130)
+    assert [folder.name for folder in done] == ["0", "1"]
+    (kept,) = Path("outputs").rglob("unfinished.parquet")
+    assert kept.parent.name == "2" and len(pq.read_table(kept)) == 3
+    out, err = capsys.readouterr()
+    assert "2 runs" in out and "interrupted" in err
+    (new,) = {*run(*sweep)} - {*done}
+    assert new.name == "2" and "3 runs" in capsys.readouterr().out
 
 
 def test_the_flag_of_a_multirun_may_stand_anywhere() -> None:

@@ -18,6 +18,7 @@ from fna_lab.cli import conf_dir, main
 from fna_lab.metric import cost
 from fna_lab.report import record as records
 from fna_lab.report import table
+from fna_lab.report.sweep import show_sweep
 from fna_lab.run import run
 
 QUICK = ["trainer=cpu", "trainer.enable_progress_bar=false", "task=timing", "task.seconds=0.01",
@@ -64,6 +65,40 @@ def test_every_variant_at_every_size(
     table.show(found, Console(width=140))
     said = capsys.readouterr().out
     assert "constructed" in said and "fna_tiny is not run" in said and "quartiles" in said
+
+
+def test_what_was_measured_before_an_interruption_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, calls = cost.latency, list[int]()
+
+    def interrupted(*args: Any, **more: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return clock(*args, **more)
+
+    monkeypatch.setattr(cost, "latency", interrupted)
+    given = ["task.variants=[exact,fna]", "task.tokens=[50,101]"]
+    with pytest.raises(KeyboardInterrupt):
+        timed(tmp_path, *given)
+    kept = pq.read_table(tmp_path / records.UNFINISHED).to_pylist()
+    assert [(row["tokens"], row["variant"]) for row in kept] == [(50, "exact"), (50, "fna")]
+    assert not (tmp_path / records.METRICS).exists()
+    monkeypatch.undo()
+    timed(tmp_path, *given)  # into the same folder
+    assert not (tmp_path / records.UNFINISHED).exists()
+
+
+def test_a_sweep_has_a_table_for_each_run(tmp_path: Path) -> None:
+    given = ["task.variants=[exact,fna]", "task.tokens=[50]"]
+    runs = [timed(tmp_path, *given, f"task.batch=[{batch}]") for batch in (1, 3)]
+    console = Console(width=table.WIDTH, record=True)
+    show_sweep(runs, console)
+    said = console.export_text()
+    assert "run 0 task.batch=[1]" in said and "run 1 task.batch=[3]" in said
+    for row in (row for found in runs for row in found["timing"]["rows"]):
+        assert f" {row['low_ms']:.2f}-{row['high_ms']:.2f} " in said
 
 
 def test_selection_knows_farthest_points_and_says_what_is_absent(

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fna_lab.report.record import counted
-from fna_lab.report.sweep import flatten
+from fna_lab.report.settings import flatten
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and by brightness in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

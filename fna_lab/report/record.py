@@ -24,6 +24,7 @@ PACKAGES = (
 )  # fmt: skip
 METRICS = "metrics.json"
 SAMPLES = "samples.parquet"
+UNFINISHED = "unfinished.parquet"
 ARRAYS = "arrays.npz"
 # Settings that change where results go, never what they are.
 ASIDE = ("name", "outputs", "logger", "force")
@@ -79,12 +80,18 @@ def write(
         with packed.open("wb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
         os.replace(packed, folder / ARRAYS)
-    samples = folder / f"{SAMPLES}.part"
-    pq.write_table(pa.Table.from_pylist(list(rows)), samples)
-    os.replace(samples, folder / SAMPLES)
+    _write_rows(rows, folder / SAMPLES)
+    (folder / UNFINISHED).unlink(missing_ok=True)
     metrics = folder / f"{METRICS}.part"
     metrics.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     os.replace(metrics, folder / METRICS)
+
+
+def write_unfinished(rows: Sequence[dict[str, Any]], folder: Path) -> Path:
+    """Write the samples of a run that did not get to its end; without a record it is none yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_rows(rows, folder / UNFINISHED)
+    return folder / UNFINISHED
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -139,6 +146,13 @@ def find(folder: Path, config: dict[str, Any]) -> Path | None:
         if (record.get("config_hash"), record.get("code_hash")) == wanted:
             return path
     return None
+
+
+def _write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    names = dict.fromkeys(name for row in rows for name in row)  # pyarrow takes the first row's
+    part = path.with_name(f"{path.name}.part")
+    pq.write_table(pa.Table.from_pylist([{n: row.get(n) for n in names} for row in rows]), part)
+    os.replace(part, path)
 
 
 def _version(name: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,6 +12,10 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from fna_lab.report.numbers import ends, number
+from fna_lab.report.settings import flatten
+from fna_lab.report.timings import timing_table
 
 GROUPS = ("backbone", "data", "attn", "mask")  # a column each; every task has its own tables
 FOLDED = "settings unlike most"
@@ -43,46 +47,32 @@ def show_sweep(records: Sequence[Mapping[str, Any]], console: Console) -> None:
     console.print(f"[bold]{_runs(records)}[/]")
     for task, some in tasks.items():
         title = f"{task}, {_runs(some)}" if len(tasks) > 1 else None
+        if "timing" in some[0]:  # whose numbers are a table a run
+            _show_timings(some, title, console)
+            continue
         for table in _tables(some, console.width):
             table.title, table.title_justify = title and escape(title), "left"
             console.print(table)
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"attn": "fna", "attn.num_landmarks": 64, ...}` of a nested config."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            if "_target_" in value:
-                flat[prefix + key] = option(value)
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif not str(key).startswith("_"):
-            flat[prefix + key] = str(value)
-    return flat
-
-
-def option(node: Mapping[str, Any]) -> str:
-    """What a part of a config is called: the name of its file, or of the backbone."""
-    if node.get("name") and "backbone" in str(node.get("_target_")):
-        return str(node["name"])
-    return str(node["_target_"]).rsplit(".", 2)[-2] if node["_target_"] else "none"
-
-
-def number(value: float | None) -> str:
-    """A metric as people read it."""
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if abs(value) >= 1e-4 or value == 0 else f"{value:.1e}"
-
-
-def ends(names: Iterable[str]) -> set[str]:
-    """What the ends of the metrics' intervals are called, where they have one."""
-    return {f"{name}_{end}" for name in names for end in ("low", "high")}
+def _show_timings(
+    records: Sequence[Mapping[str, Any]], title: str | None, console: Console
+) -> None:
+    """A table of each run, below the settings that it does not share with all others."""
+    if title:
+        console.print(escape(title))
+    configs = [flatten(record["config"]) for record in records]
+    groups = _differing_groups(configs)
+    shown = [*groups, *_differing(configs, groups)]
+    for i, (record, config) in enumerate(zip(records, configs, strict=True)):
+        said = _written({key: config[key] for key in shown if key in config})
+        console.print(f"[bold]run {i}[/] {escape(said)}", highlight=False)
+        console.print(timing_table(record["timing"]["rows"]))
 
 
 def _tables(records: Sequence[Mapping[str, Any]], width: int) -> Iterator[Table]:
     configs = [flatten(record["config"]) for record in records]
-    groups = [key for key in GROUPS if len({config.get(key) for config in configs}) > 1]
+    groups = _differing_groups(configs)
     extra = _differing(configs, groups)
     first, more = ([_settings(key, configs) for key in keys] for keys in (groups, extra))
     numbers = [*_metrics(records), *_costs(records)]
@@ -174,6 +164,10 @@ def _costs(records: Sequence[Mapping[str, Any]]) -> list[_Column]:
         _Column(title, [f.format(r["cost"][key]) if r.get("cost") else "" for r in records], True)
         for title, key, f in shown
     ]
+
+
+def _differing_groups(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [key for key in GROUPS if len({config.get(key) for config in configs}) > 1]
 
 
 def _differing(configs: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> list[str]:

@@ -12,8 +12,9 @@ from rich.text import Text
 
 from fna_lab.report.errors import budget_table, error_table, fallback_text
 from fna_lab.report.matrix import matrices
+from fna_lab.report.numbers import ends, number
 from fna_lab.report.record import counted, nature, samples
-from fna_lab.report.sweep import ends, number, option
+from fna_lab.report.settings import option
 from fna_lab.report.timings import timings
 from fna_lab.report.verdicts import verdicts
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -118,18 +118,21 @@ slowest, rounds, least, seconds, memory: see `Settings`.
 
     def step(self, batch: dict[str, Any]) -> None:  # noqa: ARG002
         """Measure everything, in the one step that there is."""
-        settings, notes = self.settings, list[str]()
+        settings = self.settings
         settings.device = self.device
         settings.progress = self.trainer.progress_bar_callback is not None
-        own = self.patched.attn
-        if self.part == "attention":
-            rows = [*bench_attention(settings, notes.append, None if own.name == "exact" else own)]
-        else:
-            sampler = getattr(own, "landmarks", None)
-            mine = isinstance(sampler, LandmarkSampler)
-            also = (f"attn={own.name}", sampler) if mine else None
-            rows = [*bench_selection(settings, notes.append, also)]
-        if not rows:
+        found, notes = [], list[str]()
+        for row in self._measured(notes.append):
+            found.append(row)
+            name = _label(row, settings)
+            # At once, so that nobody who stops loses what was measured.
+            about = {"index": len(self.rows), "name": f"{name}, {row['tokens']} tokens"}
+            self.rows.append(about | row)
+            for key in (key for key in METRICS if key in row):
+                metric = MeanMetric().set_dtype(torch.float64).to(self.device)
+                metric.update(torch.tensor(row[key], dtype=torch.float64, device=self.device))
+                self.scores[f"{key}/{name}/{row['tokens']}".replace(".", "_")] = metric
+        if not found:
             raise ValueError(f"task.tokens={list(settings.tokens)}: nothing fits; {notes[-1]}.")
         self.extra["timing"] = {
             "part": self.part,
@@ -137,17 +140,17 @@ slowest, rounds, least, seconds, memory: see `Settings`.
             "head_dim": settings.head_dim,
             "landmarks": settings.landmarks,
             "notes": notes,
-            "rows": rows,
+            "rows": found,
         }
-        for i, row in enumerate(rows):
-            name = _label(row, settings)
-            self.rows.append({"index": i, "name": f"{name}, {row['tokens']} tokens"} | row)
-            for key in (key for key in METRICS if key in row):
-                metric = MeanMetric().set_dtype(torch.float64).to(self.device)
-                metric.update(torch.tensor(row[key], dtype=torch.float64, device=self.device))
-                self.scores[f"{key}/{name}/{row['tokens']}".replace(".", "_")] = metric
-        names = dict.fromkeys(name for row in self.rows for name in row)
-        self.rows = [{name: row.get(name) for name in names} for row in self.rows]
+
+    def _measured(self, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+        """The rows of the benchmark, with the run's own variant or its sampler."""
+        own = self.patched.attn
+        if self.part == "attention":
+            return bench_attention(self.settings, say, None if own.name == "exact" else own)
+        sampler = getattr(own, "landmarks", None)
+        mine = isinstance(sampler, LandmarkSampler)
+        return bench_selection(self.settings, say, (f"attn={own.name}", sampler) if mine else None)
 
 
 def _label(row: dict[str, Any], settings: Settings) -> str:
