@@ -52,8 +52,8 @@ class Context:
         grid: (rows, columns) of the patch tokens, None where unknown.
         attn_mask: the host's own mask or bias, as SDPA takes it.
         removal: what the mask strategy takes away at this layer.
-        shared: what earlier layers of the same forward pass left for later ones; tensors have a
-            row for each picture.
+        shared: what earlier layers of the same forward pass left for later ones; tensors, also
+            those of named tuples, have a row for each picture.
         stopwatch: notes the time of parts, None where nobody measures.
         classes: token classes that the variant asked for by `token_classes`, bool `[b n]` each.
         reweigh: changes the attention weights `[b h n n]`, where a mask strategy does so.

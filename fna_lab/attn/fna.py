@@ -166,17 +166,17 @@ class FastNystromAttention(LandmarkAttention):
     ) -> dict[str, Any]:
         """Clusters of landmarks for `ops.clustered_attention`: new ones if there are points."""
         shared, slot = context.shared, slot_of(keys, context)
-        members, order, begin = (f"{slot}: {part}" for part in ("members", "order", "begin"))
+        members, runs = f"{slot}: members", f"{slot}: runs"
         if points is not None:
             with context.timed("selection"):
                 shared[members] = self._members(points, landmarks, keys, distinct=distinct)
-            shared.pop(order, None)
+            shared.pop(runs, None)
         found: dict[str, Any] = {"members": shared[members]}
         if self.per_head or self.guard is not None or landmarks.device.type != "cpu":
             return found  # nobody asks for runs
-        if order not in shared:
-            shared[order], shared[begin] = ops.cluster_runs(shared[members], landmarks.shape[1])
-        return found | {"runs": (shared[order], shared[begin])}
+        if runs not in shared:
+            shared[runs] = ops.cluster_runs(shared[members], landmarks.shape[1])
+        return found | {"runs": shared[runs]}
 
     def _exact_rows(self, context: Context) -> int:
         """How many of the first landmarks get their exact outputs."""

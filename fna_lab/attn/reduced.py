@@ -218,7 +218,7 @@ class LandmarkAttention(ReducedAttention):
         with context.timed("selection"):
             context.shared[slot] = sampling._sample(q, k, keys, context, points)
         context.shared[f"{slot}: layer"] = context.layer
-        context.shared[f"{slot}: size"] = context.x.shape[:2]
+        context.shared[f"{slot}: tokens"] = context.x.shape[1]
         return context.shared[slot]
 
     def served(self, keys: Tensor | None, context: Context) -> Tensor | None:
@@ -227,7 +227,7 @@ class LandmarkAttention(ReducedAttention):
         known = context.shared.get(slot)
         if known is None:
             return None
-        if context.x.shape[:2] != context.shared[f"{slot}: size"]:
+        if (len(known), context.shared[f"{slot}: tokens"]) != context.x.shape[:2]:
             return None  # a host that appends or drops tokens on the way
         last = context.shared[f"{slot}: layer"]
         if self.renewal.due(context.nth, context.layer, context.depth, last):

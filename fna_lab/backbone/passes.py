@@ -133,7 +133,9 @@ def runs_for_gradients() -> bool:
 
 
 def rows_of(x: Any, pictures: Tensor | None) -> Any:
-    """Rows of some pictures, of what has such rows."""
+    """Rows of some pictures, of what has such rows: a tensor, or a named tuple of tensors."""
+    if hasattr(x, "_fields"):
+        return type(x)(*(rows_of(part, pictures) for part in x))
     return x if pictures is None or not isinstance(x, Tensor) else x[pictures]
 
 

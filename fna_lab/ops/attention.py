@@ -128,20 +128,27 @@ def attention_pattern(
     return scores.softmax(-1)
 
 
-def attention_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """scale q k' in at least float32, whatever autocast says.
+def attention_logits(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """scale q k' + bias in at least float32, whatever autocast says.
 
     Args:
         q: queries `[b h m d]`.
         k: keys `[b h n d]`.
         scale: factor.
+        bias: broadcastable to `[b h m n]`; None = nothing.
 
     Returns:
         `[b h m n]`.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
+    q, k = q.to(wide), k.to(wide)
     with full_precision(q):
-        return scale * (q.to(wide) @ k.to(wide).mT)
+        if bias is None:
+            return scale * (q @ k.mT)
+        size = (*q.shape[:2], *bias.shape[2:])
+        parts = (bias.to(wide).expand(size), q, k.mT)
+        found = torch.baddbmm(*(part.flatten(0, 1) for part in parts), alpha=scale)
+    return found.unflatten(0, q.shape[:2])
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +12,15 @@ from torch import Tensor
 from fna_lab.ops.attention import as_bias, attention_logits, attention_with_lse, full_precision
 from fna_lab.ops.checks import check_bool, check_float, check_index, check_qkv, default_scale
 from fna_lab.ops.nystrom import (
+    batch_rows,
     check_landmarks,
     each_head,
     gather_tokens,
     nystrom_chain,
     only_keys,
-    packed_table,
+    packed_rows,
     put_tokens,
     repeated_landmarks,
-    table_rows,
 )
 from fna_lab.ops.spread import gather_rows
 
@@ -71,24 +72,36 @@ def nearest_landmarks(
     return members if allowed is None else members.masked_fill(~allowed, -1)
 
 
-def cluster_runs(members: Tensor, num: int) -> tuple[Tensor, Tensor]:
+class ClusterRuns(NamedTuple):
+    """Tokens sorted by their clusters.
+
+    Attributes:
+        order: tokens long `[b n]`, those in no cluster first.
+        begin: where in that list the run of those in no cluster begins, and that of each cluster:
+            long `[b m + 1]`.
+        sizes: tokens in each cluster, float32 `[b m]`.
+    """
+
+    order: Tensor
+    begin: Tensor
+    sizes: Tensor
+
+
+def cluster_runs(members: Tensor, num: int) -> ClusterRuns:
     """Tokens sorted by their clusters, for `cluster_means` of several layers.
 
     Args:
         members: the cluster of each token, long `[b n]`, 0 to num - 1; -1 = none.
         num: number of clusters m.
-
-    Returns:
-        Tokens long `[b n]`, those in no cluster first; and where in that list the run of those
-        begins, that of each cluster, and the list ends: long `[b m + 2]`.
     """
     members, order = members.sort(dim=1, stable=True)
     names = torch.arange(-1, num + 1, device=members.device).expand(len(members), -1)
-    return order, torch.searchsorted(members, names.contiguous())
+    begin = torch.searchsorted(members, names.contiguous())
+    return ClusterRuns(order, begin[:, :-1], begin[:, 1:].diff(dim=1).float())
 
 
 def cluster_means(
-    x: Tensor, members: Tensor, num: int, *, runs: tuple[Tensor, Tensor] | None = None
+    x: Tensor, members: Tensor, num: int, *, runs: ClusterRuns | None = None
 ) -> tuple[Tensor, Tensor]:
     """Means over clusters of tokens, and how many tokens each holds.
 
@@ -107,7 +120,7 @@ def cluster_means(
         return means.view(*x.shape[:2], num, x.shape[3]), sizes.view(*x.shape[:2], num)
     batch, heads, _, dim = x.shape
     if x.device.type == "cpu":
-        means, sizes = _bagged_means(x, *(runs or cluster_runs(members, num)))
+        means, sizes = _bagged_means(x, runs or cluster_runs(members, num))
     else:
         means, sizes = _product_means(x, members, num)
     means = means.to(x.dtype).reshape(batch, num, heads, dim).transpose(1, 2)
@@ -123,18 +136,22 @@ def _product_means(x: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor
     return (weights / sizes.clamp(min=1)[..., None]) @ rows, sizes
 
 
-def _bagged_means(x: Tensor, order: Tensor, begin: Tensor) -> tuple[Tensor, Tensor]:
+def _bagged_means(x: Tensor, runs: ClusterRuns) -> tuple[Tensor, Tensor]:
     """Means `[b m h*d]` of `[b h n d]`, and sizes `[b m]`: sorted, then added up in runs."""
     batch, _, tokens, _ = x.shape
-    sizes = begin[:, 1:].diff(dim=1)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    packed = packed_table(x)
-    table, step = packed or (x.transpose(1, 2).flatten(2).flatten(0, 1), 1)
+    table, order = packed_rows(x), batch_rows(runs.order, tokens)
+    if table is None:
+        table = x.transpose(1, 2).flatten(2).flatten(0, 1)
+    elif not table.is_contiguous():  # what lies between two rows are rows that nobody asks for
+        step = table.stride(0) // table.shape[1]
+        rows = (len(table) - 1) * step + 1
+        table, order = table.as_strided((rows, table.shape[1]), (table.shape[1], 1)), order * step
     # Bag 0 is of those in no cluster: the first bag has to begin at the first token.
-    bags = table_rows(begin[:, :-1], tokens, 1).flatten()
-    rows = table_rows(order, tokens, step).flatten()
-    means = F.embedding_bag(rows, table, bags, mode="mean")
-    return means.view(batch, begin.shape[1] - 1, table.shape[1])[:, 1:], sizes.to(table.dtype)
+    bags = batch_rows(runs.begin, tokens).flatten()
+    means = F.embedding_bag(order.flatten(), table, bags, mode="mean")
+    means = means.view(batch, runs.begin.shape[1], table.shape[1])
+    return means[:, 1:], runs.sizes.to(table.dtype)
 
 
 def clustered_attention(
@@ -154,7 +171,7 @@ def clustered_attention(
     removed: tuple[Tensor, Tensor] | None = None,
     own: bool = False,
     sunk: bool = False,
-    runs: tuple[Tensor, Tensor] | None = None,
+    runs: ClusterRuns | None = None,
 ) -> Tensor:
     """Attention to clusters of tokens, with values that fit exact rows of attention.
 
@@ -258,12 +275,11 @@ def clustered_attention(
     # Under `torch.compile` the number of rows is not known.
     if not (apart and own) or not torch.compiler.is_compiling() and apart.rows.shape[1] == 0:
         return out
-    weights = sizes[:, :, None].expand(-1, -1, apart.rows.shape[1], -1)
     if sunk:  # they are in a cluster, and must not count twice
         home = each_head(members).gather(2, apart.rows[:, None].expand(-1, sizes.shape[1], -1))
         place = torch.arange(sizes.shape[2], device=q.device)
-        weights = weights - (home[..., None] == place).to(weights.dtype)
-    return apart.seeing_themselves(out, q, means, values, weights, scale)
+        columns = (sizes[:, :, None] - (home[..., None] == place).to(sizes.dtype)).log()
+    return apart.seeing_themselves(out, q, means, values, columns, scale)
 
 
 class _Apart:
@@ -285,7 +301,7 @@ class _Apart:
         return (same & self.valid[:, None, None]).any(-1)
 
     def seeing_themselves(
-        self, out: Tensor, q: Tensor, means: Tensor, values: Tensor, weights: Tensor, scale: float
+        self, out: Tensor, q: Tensor, means: Tensor, values: Tensor, columns: Tensor, scale: float
     ) -> Tensor:
         """`out` with T attending to clusters and to themselves: `[b h n d]`.
 
@@ -294,21 +310,24 @@ class _Apart:
             q: queries `[b h n d]`.
             means: keys of the clusters `[b h m d]`.
             values: values of the clusters `[b h m d]`.
-            weights: how many keys each cluster stands for, `[b 1|h t m]`.
+            columns: log of how many keys each cluster stands for, `[b 1|h 1|t m]`.
             scale: factor of the logits.
         """
-        themselves = torch.eye(self.rows.shape[1], dtype=weights.dtype, device=q.device)
-        weights = torch.cat([weights, themselves.expand(*weights.shape[:2], -1, -1)], dim=3)
+        num = self.rows.shape[1]
+        own = columns.new_full((num, num), -torch.inf).fill_diagonal_(0)
+        shape = (*columns.shape[:2], num, -1)
         few = gather_tokens(q, self.rows)
         found = F.scaled_dot_product_attention(
             few,
             torch.cat([means, self.keys], dim=2),
             torch.cat([values, self.values], dim=2),
-            attn_mask=weights.log().to(q.dtype),
+            attn_mask=torch.cat([columns.expand(shape), own.expand(shape)], dim=3).to(q.dtype),
             scale=scale,
-        )
-        now = gather_tokens(out, self.rows)
-        found = torch.where(self.valid[:, None, :, None], found.to(out.dtype), now)
+        ).to(out.dtype)
+        # Rows of a single picture have no padding, but where a compiler asked for some.
+        if len(self.rows) > 1 or torch.compiler.is_compiling():
+            now = gather_tokens(out, self.rows)
+            found = torch.where(self.valid[:, None, :, None], found, now)
         return put_tokens(out, self.rows, found)
 
     def sunk(

@@ -158,8 +158,7 @@ def nystrom_chain(
     exact = (gather or few)(q_marks, k, v, attn_mask=rows, scale=scale)
     with full_precision(q):
         wide = torch.promote_types(q.dtype, torch.float32)
-        logits = attention_logits(q_marks, k_marks, scale)
-        logits = logits if corner is None else logits + corner
+        logits = attention_logits(q_marks, k_marks, scale, corner)
         gathered = exact.to(wide)
         if dead is not None:
             dead = each_head(dead)
@@ -178,7 +177,8 @@ def nystrom_chain(
             solved = solve(kernel, gathered)
         else:
             prior = prior.to(wide)
-            solved = prior + solve(kernel, gathered - kernel @ prior)
+            left = torch.baddbmm(*(x.flatten(0, 1) for x in (gathered, kernel, prior)), alpha=-1)
+            solved = solve(kernel, left.view_as(gathered)) + prior
         solved = solved.to(v.dtype).contiguous()
     plain = spread is F.scaled_dot_product_attention and q.device.type != "cpu"
     if plain and columns is not None and columns.is_floating_point():
@@ -226,10 +226,9 @@ def subset_attention(
 
 def gather_tokens(x: Tensor, landmarks: Tensor) -> Tensor:
     """Rows of the landmarks: `[b h n d]`, long `[b m]` or `[b h m]` -> `[b h m d]`."""
-    packed = packed_table(x) if landmarks.ndim == 2 else None
-    if packed is not None:  # whole rows at a time
-        table, step = packed
-        rows = F.embedding(table_rows(landmarks, x.shape[2], step), table)
+    table = packed_rows(x) if landmarks.ndim == 2 else None
+    if table is not None:  # whole rows at a time
+        rows = F.embedding(batch_rows(landmarks, x.shape[2]), table)
         return rows.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
     index = each_head(landmarks)[..., None]
     return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
@@ -245,15 +244,15 @@ def put_tokens(out: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
     return out.scatter_(2, index, rows)
 
 
-def packed_table(x: Tensor) -> tuple[Tensor, int] | None:
+def packed_rows(x: Tensor) -> Tensor | None:
     """All heads of a token as one row, without a copy where the host packs q, k and v.
 
     Args:
         x: `[b h n d]`.
 
     Returns:
-        A table `[rows h*d]` and a step: token t of picture i is its row (i n + t) step. None where
-        only a copy has such rows, or gradients are asked for.
+        A view `[b*n h*d]`, whose rows lie a multiple of their length apart. None where only a
+        copy has such rows, or gradients are asked for.
     """
     batch, heads, tokens, dim = x.shape
     width = heads * dim
@@ -262,17 +261,14 @@ def packed_table(x: Tensor) -> tuple[Tensor, int] | None:
     packed = packed and (batch == 1 or apart == tokens * stride)
     if not packed or x.requires_grad or torch.compiler.is_compiling() or x.numel() == 0:
         return None
-    step = stride // width
-    # What lies between two of these rows are rows of the others, which nobody asks for.
-    size = ((batch * tokens - 1) * step + 1, width)
-    return x.as_strided(size, (width, 1), x.storage_offset()), step
+    return x.as_strided((batch * tokens, width), (stride, 1))
 
 
-def table_rows(index: Tensor, tokens: int, step: int) -> Tensor:
-    """Rows of a `packed_table` for tokens long `[b m]` of pictures of so many tokens."""
+def batch_rows(index: Tensor, tokens: int) -> Tensor:
+    """Rows of all pictures side by side for tokens long `[b m]` of pictures of so many tokens."""
     if len(index) > 1:
         index = index + torch.arange(0, len(index) * tokens, tokens, device=index.device)[:, None]
-    return index if step == 1 else index * step
+    return index
 
 
 def each_head(found: Tensor) -> Tensor:

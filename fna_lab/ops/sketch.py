@@ -42,14 +42,12 @@ def sketch_points(points: Tensor, dims: int, *, normed: bool = False, groups: in
         )
     if normed and groups > 1:
         raise ValueError(f"Expected groups=1 with normed points, got {groups!r}.")
-    draw = _draw(channels, dims)
     wide = torch.promote_types(points.dtype, torch.float32)
     if groups > 1:
-        # A corner of the draw for each group, which has that many channels fewer to add up.
-        own = draw[: channels // groups].unflatten(1, (groups, -1)).transpose(0, 1)
         runs = points.flatten(0, 1).unflatten(1, (groups, -1)).transpose(0, 1)  # [g b*n c/g]
-        found = torch.bmm(runs, (own * groups**0.5).to(points))
+        found = torch.bmm(runs, _grouped(channels, dims, groups).to(points))
         return found.transpose(0, 1).reshape(batch, tokens, dims).to(wide)
+    draw = _draw(channels, dims)
     if normed:
         draw = draw - draw.mean(0)
     found = (points @ draw.to(points)).to(wide)
@@ -59,6 +57,13 @@ def sketch_points(points: Tensor, dims: int, *, normed: bool = False, groups: in
     mean = points.mean(-1, keepdim=True, dtype=wide)
     variance = norm.square().div_(channels).sub_(mean.square()).clamp_(min=0)
     return found.mul_(variance.add_(1e-5).rsqrt_())
+
+
+@drawn_once
+def _grouped(channels: int, dims: int, groups: int) -> Tensor:
+    """A corner of the draw for each group, which has that many channels fewer to add up."""
+    own = _draw(channels, dims)[: channels // groups].unflatten(1, (groups, -1)).transpose(0, 1)
+    return own * groups**0.5
 
 
 @drawn_once

@@ -93,11 +93,11 @@ def spread_points(
     if num == given and not spare:
         return first
     lost = out = None
-    if spare:
-        lost = (first[:, :, None] == first[:, None]).tril(-1).any(2)
-        if allowed is not None:
-            out = ~allowed.gather(1, first)
-            lost |= out
+    if gone and allowed is not None:
+        lost = out = ~allowed.gather(1, first)
+    if repeats:
+        again = (first[:, :, None] == first[:, None]).tril(-1).any(2)
+        lost = again if out is None else again | out
     square = torch.linalg.vector_norm(points, dim=-1).square_()
     barred = 0 if allowed is None else size if barred is None else barred
     if thin:
@@ -176,14 +176,15 @@ def _in_place(first: Tensor, picks: list[Tensor], lost: Tensor | None, num: int)
     """The given points and the picks, of which the last take the places of those that fell out."""
     if lost is None:
         return torch.cat([first, *picks], dim=1)
-    more, own = torch.cat(picks, dim=1), num - first.shape[1]
-    return torch.cat([_filled(first, ~lost, more[:, own:]), more[:, :own]], dim=1)
+    more = picks[0] if len(picks) == 1 else torch.cat(picks, dim=1)
+    own = num - first.shape[1]
+    return torch.cat([_filled(first, lost, more[:, own:]), more[:, :own]], dim=1)
 
 
-def _filled(picks: Tensor, good: Tensor, fill: Tensor) -> Tensor:
-    """Picks long `[b m]`, the first of `fill` `[b k]` in the places of those that are not good."""
-    place = (~good).cumsum(1).sub_(1).clamp_(min=0)
-    return torch.where(good, picks, fill.gather(1, place))
+def _filled(picks: Tensor, lost: Tensor, fill: Tensor) -> Tensor:
+    """Picks long `[b m]`, the first of `fill` `[b k]` in the places of those that are lost."""
+    fill = torch.cat([fill[:, :1], fill], dim=1)  # what is lost counts from 1
+    return torch.where(lost, fill.gather(1, lost.cumsum(1)), picks)
 
 
 def _thinned(
@@ -233,7 +234,7 @@ def _thinned(
         distance.masked_fill_(~allowed, BARRED)
     if good is not None:  # farthest points take the places, none measured by another
         left, fill = distance.topk(seeds, dim=1)
-        picks[0] = _filled(picks[0], good, torch.where(left > BARRED, fill, fill[:, :1]))
+        picks[0] = _filled(picks[0], ~good, torch.where(left > BARRED, fill, fill[:, :1]))
         torch.minimum(distance, _nearest(points, square, picks[0], good), out=distance)
     kept = None
     keep = max(KEPT * sure, size // KEPT_ONE_OF, sure + given)
@@ -325,10 +326,10 @@ def _free(distance: Tensor, took: Tensor) -> Tensor:
 
     Without a free point left, of those that may be taken.
     """
-    good = distance.gather(1, took) >= 0
-    rest = distance.scatter(1, torch.where(good, took, took[:, :1]), TAKEN)
+    lost = distance.gather(1, took) < 0
+    rest = distance.scatter(1, torch.where(lost, took[:, :1], took), TAKEN)
     left, fill = rest.topk(took.shape[1], dim=1)
-    return _filled(took, good, torch.where(left > BARRED, fill, took[:, :1]))
+    return _filled(took, lost, torch.where(left > BARRED, fill, took[:, :1]))
 
 
 def _nearest(points: Tensor, square: Tensor, taken: Tensor, out: Tensor | None = None) -> Tensor:
