@@ -58,6 +58,15 @@ def test_class_suppression_is_the_mean_of_the_matrix() -> None:
         torch.testing.assert_close(found[b, :, k, other], wanted)
 
 
+def test_a_token_without_a_direction_leaves_the_classes_of_others_alone() -> None:
+    members, x = tokens(5), torch.randn(3, 12, 16)
+    members[0, 7] = False  # padding
+    x[0, 7] = 0
+    found = ops.class_suppression(x, torch.randn(3, 4, 12, 4), torch.randn(16, 16), members)
+    there = members[0].any(0)
+    assert found[0][:, there][:, :, there].isfinite().all()
+
+
 def test_alignments_are_the_cosines_of_loops() -> None:
     members, x = tokens(1), torch.randn(3, 12, 16)
     q, k, v = torch.randn(3, 3, 4, 12, 4)

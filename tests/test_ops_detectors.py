@@ -68,6 +68,12 @@ def test_prefix_tokens_are_never_massive():
     assert ops.norm_ratio(x, prefix=0)[:, 0].all()
 
 
+def test_tokens_without_a_norm_hide_no_gap():
+    x = hidden()
+    x[:, [3, 4]], x[:, 5] = 0, 1000 * x[:, 5]
+    assert ops.norm_gap(x, per_picture=True, min_gap=2.0)[:, 5].all()
+
+
 def test_the_row_of_cls_is_the_first_row_of_the_attention():
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, 3, 9, 4, generator=generator, dtype=torch.float64) for _ in range(2))

@@ -62,6 +62,10 @@ def test_a_picture_without_keys_gives_zeros_and_changes_no_other():
     out = ops.performer_attention(q, k, v, features, keys=keys)
     assert torch.equal(out[1], torch.zeros_like(out[1]))
     torch.testing.assert_close(out[:1], ops.performer_attention(q[:1], k[:1], v[:1], features))
+    parts = [part.detach().requires_grad_() for part in (q, k, v)]
+    ops.performer_attention(*parts, features, keys=keys).square().sum().backward()
+    for part in parts:
+        assert part.grad is not None and part.grad.isfinite().all() and (part.grad[1] == 0).all()
 
 
 def test_gradients_are_those_of_finite_differences():

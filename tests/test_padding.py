@@ -105,8 +105,12 @@ def shown(has_cls: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("has_cls", [True, False])
 @pytest.mark.parametrize("found", [None, "mask", "sink"])
 @pytest.mark.parametrize("detector", DETECTORS, ids=said)
-def test_detectors(detector: Any, found: str | None, has_cls: bool) -> None:
+@pytest.mark.parametrize("blind", [False, True])
+def test_detectors(detector: Any, found: str | None, has_cls: bool, blind: bool) -> None:
     padded = shown(has_cls)
+    if blind:  # padding attends to nothing, and has rows of NaN
+        padded["bias"] = padded["bias"].expand(-1, -1, len(padded["kept"][0]), -1)
+        padded["bias"] = padded["bias"].masked_fill(~padded["kept"][:, None, :, None], -torch.inf)
     if found:
         gone = torch.zeros_like(padded["kept"])
         gone[:, 2] = True

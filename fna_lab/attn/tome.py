@@ -76,7 +76,7 @@ class TomeAttention(KeyMaskedAttention):
         """
         asks = keys
         for more in (keys if real is None else real, torch.ones_like(keys)):
-            count = torch.zeros((len(group), groups), device=group.device)
+            count = torch.zeros((len(group), groups), dtype=torch.long, device=group.device)
             count = count.scatter_add(1, group, asks.to(count.dtype))
             asks = asks | more & (count.gather(1, group) == 0)
         return group.masked_fill(~asks, -1)

@@ -128,7 +128,12 @@ def coarsened(images: Tensor, share: float) -> Change:
 def noisy(images: Tensor, noise: float, seeds: Sequence[int]) -> Change:
     """With Gaussian noise of a seed a picture, so that it does not depend on its batch."""
     drawn = [
-        torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(seed))
+        torch.randn(
+            images.shape[1:],
+            generator=torch.Generator().manual_seed(seed),
+            dtype=torch.float32,
+            device="cpu",
+        )
         for seed in seeds
     ]
     return Change(images + noise * torch.stack(drawn).to(images))

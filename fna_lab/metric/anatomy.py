@@ -148,7 +148,8 @@ def some_of_each(members: Tensor, num: int) -> Tensor:
     split = int((there & ~normal).sum())
     special, rest = order[:split][: num // 2], order[split:]
     count = min(len(rest), num - len(special))
-    picks = torch.linspace(0, max(0, len(rest) - 1), count, device=rest.device).round().long()
+    last, kind = max(0, len(rest) - 1), torch.float32  # whatever precision is the default
+    picks = torch.linspace(0, last, count, dtype=kind, device=rest.device).round().long()
     return torch.cat([special, rest[picks]])
 
 

@@ -102,9 +102,10 @@ def attention_sums(
         for start in range(0, n, rows):
             part = slice(start, start + rows)
             weights = attention_pattern(q, k, context, pictures=pictures, rows=part)
+            if kept is not None:  # padding may be kept from everything, and its rows are NaN then
+                weights = weights.masked_fill(~kept[pictures, None, part, None], 0)
             first = weights[:, :, 0] if first is None else first
-            asking = weights if kept is None else weights * kept[pictures, None, part, None]
-            incoming = incoming + asking.sum(2)
+            incoming = incoming + weights.sum(2)
             mass = mass + ops.class_sums(weights, keys[:, part], keys)
             if seen is not None and v is not None:
                 push = seen[pictures, :, part].to(weights) @ v[pictures].to(weights).mT

@@ -50,8 +50,8 @@ def drawn_tokens(tokens: Tensor, kept: Tensor, prefix: int, has_cls: bool) -> Te
         places = part.nonzero()[:, 0]
         count = min(EACH, len(places))
         # In the middle of as many equal stretches: no two meet, and none clings to an edge.
-        steps = (torch.arange(count, device=tokens.device) + 0.5) * len(places) / max(count, 1)
-        chosen.append(places[steps.long()])
+        steps = (2 * torch.arange(count, device=tokens.device) + 1) * len(places)
+        chosen.append(places[steps // max(2 * count, 1)])
     return torch.cat(chosen)
 
 

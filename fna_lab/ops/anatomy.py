@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab.ops.checks import check_bool, check_float, check_index
@@ -145,7 +146,7 @@ def class_suppression(x: Tensor, v: Tensor, out_weight: Tensor, members: Tensor)
     check_float("x", x, 3, "[b n c]")
     check_float("v", v, 4, "[b h n d]")
     weight = per_head(out_weight, v.shape[1]).to(x.dtype)
-    unit = class_mean(x / x.norm(dim=-1, keepdim=True), members)  # [b k c]
+    unit = class_mean(F.normalize(x, dim=-1), members)  # [b k c]
     value = class_mean(v.transpose(1, 2), members).transpose(1, 2)  # [b h k d]
     return torch.einsum("bkc,hcd,bhld->bhkl", unit, weight.to(unit.dtype), value)
 

@@ -29,7 +29,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise unless q `[b h m d]`, k and v `[b h n d]` fit together."""
     for name, value in (("q", q), ("k", k), ("v", v)):
         check_float(name, value, 4, "[b h n d]")
-    if k.shape[:3] != v.shape[:3] or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(
             "Expected q [b h m d], k [b h n d] and v [b h n d] to fit, got "
             f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}."

@@ -66,7 +66,7 @@ def segment_centres(allowed: Tensor, num: int) -> Tensor:
     """
     check_bool("allowed", allowed, tuple(allowed.shape))
     count = allowed.cumsum(1)
-    place = (torch.arange(num, device=allowed.device) + 0.5) / num
+    place = (torch.arange(num, dtype=torch.float32, device=allowed.device) + 0.5) / num
     wanted = (place * count[:, -1:]).long().clamp_(max=allowed.shape[1] - 1) + 1
     return torch.searchsorted(count, torch.minimum(wanted, count[:, -1:]))
 
@@ -91,12 +91,13 @@ def cluster_medoids(points: Tensor, seeds: Tensor, *, allowed: Tensor, steps: in
     check_index("seeds", seeds, "[b m]", below=points.shape[1])
     points = points.to(torch.promote_types(points.dtype, torch.float32))
     means = gather_rows(points, seeds)
-    distance, member = _clusters(points, means, allowed)
-    for _ in range(steps):
-        weight = member.to(points.dtype)
-        total = weight.sum(1)[..., None]
-        means = torch.where(total > 0, weight.mT @ points / total.clamp(min=1), means)
+    with full_precision(points):
         distance, member = _clusters(points, means, allowed)
+        for _ in range(steps):
+            weight = member.to(points.dtype)
+            total = weight.sum(1)[..., None]
+            means = torch.where(total > 0, weight.mT @ points / total.clamp(min=1), means)
+            distance, member = _clusters(points, means, allowed)
     medoids = distance.masked_fill(~member, torch.inf).argmin(1)
     return torch.where(member.any(1), medoids, seeds)
 
@@ -195,7 +196,8 @@ def drawn_attention(
     index = torch.tensor(rows, device=q.device)
     logits = attention_logits(q[:, :, index], k, scale)
     others = max(len(rows) - 1, 1)
-    share = torch.full((len(rows),), 0.5 / others if first_half else 1.0 / len(rows))
+    each = 0.5 / others if first_half else 1.0 / len(rows)
+    share = torch.full((len(rows),), each, dtype=torch.float32)
     if first_half:
         share[0] = 0.5
     share = share.to(logits).expand(q.shape[0], -1)  # [b r]

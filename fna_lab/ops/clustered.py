@@ -64,7 +64,8 @@ def nearest_landmarks(
     place = torch.arange(landmarks.shape[1], device=landmarks.device).expand_as(landmarks)
     if not distinct:
         square.masked_fill_(repeated_landmarks(landmarks), torch.inf)
-    members = torch.baddbmm(square[:, None], points, marks.mT, alpha=-2).argmin(2)
+    with full_precision(points):  # differences are left of it
+        members = torch.baddbmm(square[:, None], points, marks.mT, alpha=-2).argmin(2)
     if distinct:
         members.scatter_(1, landmarks, place)
     else:

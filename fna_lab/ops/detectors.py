@@ -41,7 +41,8 @@ def norm_gap(
 
     Source: Fast Nystroem Attention's companion study of massive tokens (norm-gap heuristic).
     """
-    norms = patch_norms(x, prefix).log()
+    norms = patch_norms(x, prefix)
+    norms = norms.clamp(min=torch.finfo(norms.dtype).tiny).log()  # no gap above infinity
     if kept is not None:
         # As low as the lowest, padding opens no gap and lies above none.
         mine = patches_of(kept, norms)

@@ -242,7 +242,8 @@ def restore_own_rows(
     O(|T| d) where `lse` is known.
 
     Args:
-        out: attention under `type1` `[b h n d]`, exact or approximated.
+        out: attention under `type1` `[b h n d]`, exact or approximated. Written over where no
+            gradient is asked for.
         q: queries `[b h n d]`.
         k: keys `[b h n d]`.
         v: values `[b h n d]`, none of them set to zero.

@@ -79,7 +79,9 @@ def performer_attention(
         directions = features.to(q).expand(*q.shape[:2], -1, -1)
         bias = (-0.5 * scale * k.square().sum(-1))[:, :, None]  # [b h 1 n]
         if keys is not None:
-            bias = bias.masked_fill(~keys[:, None, None], -torch.inf)
+            # A picture without keys keeps all of them: its rows come out as zero below.
+            mine = keys | ~keys.any(1, keepdim=True)
+            bias = bias.masked_fill(~mine[:, None, None], -torch.inf)
         values, sums = attention_with_lse(directions, k, v, scale=scale**0.5, mask=bias)
         if sums is None:  # the kernel does not say
             sums = (attention_logits(directions, k, scale**0.5) + bias).logsumexp(-1)

@@ -94,8 +94,8 @@ def incoming_by_head(
     total = q.new_zeros((), dtype=torch.promote_types(q.dtype, torch.float32))
     for rows in _chunks(q.shape[2], chunk):
         weights = attention_rows(q, k, rows, scale=scale, bias=bias, found=found, stage=stage)
-        total = total + (weights if asks is None else weights * asks[:, None, rows]).sum(2)
-    return total / q.shape[2] if asks is None else total / asks.sum(1)[:, None]
+        total = total + _of(weights, asks, rows).sum(2)
+    return total / q.shape[2] if asks is None else total / asks.sum(1)[:, None, None]
 
 
 def incoming_share(
@@ -140,8 +140,8 @@ def incoming_share(
         tiny = torch.finfo(weights.dtype).tiny  # a row may lose everything after softmax
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=tiny)
         weights = weights.masked_fill(place[rows, None] == place, 0.0)
-        total = total + (weights if asks is None else weights * asks[:, rows]).sum(1)
-    return total / tokens if asks is None else total / asks.sum(1)
+        total = total + _of(weights[:, None], asks, rows).sum(2)[:, 0]
+    return total / tokens if asks is None else total / asks.sum(1)[:, None]
 
 
 def incoming_sinks(
@@ -245,11 +245,15 @@ def standard_scores(values: Tensor, allowed: Tensor) -> Tensor:
 
 
 def _asks(q: Tensor, kept: Tensor | None) -> Tensor | None:
-    """1 for queries that are no padding, else 0: `[b n 1]`; None = all are none."""
-    if kept is None:
-        return None
-    check_bool("kept", kept, (q.shape[0], q.shape[2]))
-    return kept[..., None].to(torch.promote_types(q.dtype, torch.float32))
+    """Queries that are no padding, bool `[b n]`, once it is checked; None = all are none."""
+    if kept is not None:
+        check_bool("kept", kept, (q.shape[0], q.shape[2]))
+    return kept
+
+
+def _of(weights: Tensor, asks: Tensor | None, rows: slice) -> Tensor:
+    """Attention `[b h r n]` of the queries that ask, 0 of others, whose rows may be NaN."""
+    return weights if asks is None else weights.masked_fill(~asks[:, None, rows, None], 0)
 
 
 def _chunks(tokens: int, chunk: int) -> Iterator[slice]:

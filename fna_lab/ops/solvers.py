@@ -73,6 +73,9 @@ def ridge_solve(kernel: Tensor, values: Tensor, ridge: float = 1e-3) -> Tensor:
     check_matrix(kernel)
     if not ridge > 0:
         raise ValueError(f"Expected ridge to be > 0, got {ridge!r}.")
+    dtype = kernel.dtype
+    if ridge < 1e-5 and dtype == torch.float32:  # beside A'A its rounding would be as large
+        kernel, values = kernel.double(), values.double()
     wide = kernel.shape[-2] < kernel.shape[-1]  # the smaller of two Gram matrices that do
     gram = kernel @ kernel.mT if wide else kernel.mT @ kernel
     gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
@@ -80,4 +83,5 @@ def ridge_solve(kernel: Tensor, values: Tensor, ridge: float = 1e-3) -> Tensor:
     factor = torch.linalg.cholesky_ex(gram).L
     # As close as `cholesky_solve`, and takes less time for a batch of small matrices.
     inverse = torch.cholesky_inverse(factor)
-    return kernel.mT @ (inverse @ values) if wide else inverse @ (kernel.mT @ values)
+    solved = kernel.mT @ (inverse @ values) if wide else inverse @ (kernel.mT @ values)
+    return solved.to(dtype)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fna_lab.ops.attention import full_precision
 from fna_lab.ops.checks import check_bool, check_float, check_index
 from fna_lab.ops.kernels.switch import use_kernels
 from fna_lab.ops.sketch import sketch_points
@@ -267,7 +268,7 @@ def _scattered(size: int, num: int, device: torch.device) -> Tensor:
 def _apart(points: Tensor, square: Tensor, index: Tensor) -> Tensor:
     """Squared distances between points `[b k]`, `TAKEN` from each to itself: `[b k k]`."""
     chosen, own = gather_rows(points, index), square.gather(1, index)
-    apart = torch.baddbmm(own[:, None], chosen, chosen.mT, alpha=-2)
+    apart = _less(own[:, None], chosen, chosen)
     apart.add_(own[..., None]).clamp_(min=0).diagonal(dim1=1, dim2=2).fill_(TAKEN)
     return apart
 
@@ -315,7 +316,7 @@ def _take(points: Tensor, square: Tensor, distance: Tensor, nearer: Tensor, coun
     if padding >= length:  # a run of padding alone
         index.clamp_(max=size - 1)
     chosen, own = gather_rows(points, index), square.gather(1, index)
-    apart = torch.baddbmm(own[:, None], chosen, chosen.mT, alpha=-2)  # less what each row shares
+    apart = _less(own[:, None], chosen, chosen)  # without what each row shares
     ahead = apart.masked_fill_(nearer, torch.inf).amin(2).add_(own).clamp_(min=0)
     place = torch.minimum(far, ahead).topk(count, dim=1).indices
     return index.gather(1, place)
@@ -341,10 +342,16 @@ def _nearest(points: Tensor, square: Tensor, taken: Tensor, out: Tensor | None =
     own = own if out is None else own.masked_fill(out, torch.inf)
     if taken.shape[1] < 16:
         # With tokens side by side in the product, the smallest of each is found many at a time.
-        nearest = torch.baddbmm(own[..., None], rows, points.mT, alpha=-2).amin(1)
+        nearest = _less(own[..., None], rows, points).amin(1)
     else:  # and this product is the faster one
-        nearest = torch.baddbmm(own[:, None], points, rows.mT, alpha=-2).amin(2)
+        nearest = _less(own[:, None], points, rows).amin(2)
     return nearest.add_(square).clamp_(min=0).scatter_(1, taken, TAKEN)
+
+
+def _less(square: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """square - 2 x y', in full precision whatever autocast says: differences are left of it."""
+    with full_precision(x):
+        return torch.baddbmm(square, x, y.mT, alpha=-2)
 
 
 def gather_rows(points: Tensor, index: Tensor) -> Tensor:

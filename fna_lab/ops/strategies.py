@@ -70,10 +70,13 @@ def replace_tokens(
         generator = torch.Generator().manual_seed(seed)
         size = patches.shape[1]
         # One order of candidates a position; the first that is not in T is taken.
-        draw = torch.rand(size, size, generator=generator).to(x.device)
+        draw = torch.rand(size, size, generator=generator, dtype=torch.float32, device="cpu")
         if kept is not None:
             draw = _in_shells(draw)
-        source = draw.masked_fill(~free[:, None], -1).argmax(2)  # [b p]
+        rows, valid = token_rows(chosen)
+        picks = draw.to(x.device)[rows].masked_fill(~free[:, None], -1).argmax(2)  # [b t]
+        source = torch.arange(size, device=x.device).repeat(len(x), 1)
+        source = source.scatter(1, rows, torch.where(valid, picks, rows))
         other = patches.gather(1, source[..., None].expand_as(patches))
     else:
         if grid is None or grid[0] * grid[1] != patches.shape[1]:
@@ -116,7 +119,8 @@ def moved_tokens(x: Tensor, tokens: Tensor, how: str, *, seed: int = 0) -> tuple
     rows, valid = token_rows(tokens)
     moved = x.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))
     if how == "permutation_concatenation":
-        order = torch.randperm(x.shape[2], generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(x.shape[2], generator=generator, device="cpu")
         moved = moved[..., order.to(x.device)]
     elif how == "mean_concatenation":
         wide = torch.promote_types(x.dtype, torch.float32)

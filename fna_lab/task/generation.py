@@ -93,8 +93,12 @@ class Generation(Task):
         self.patched.meter = meter
         self._note("free", found.velocities, exact.velocities)
         values = self._compare(found.latents[-1], exact.latents[-1])
-        values["exact_seconds"] = torch.full((len(noise),), exact_seconds / len(noise))
-        values["replaced_seconds"] = torch.full((len(noise),), seconds / len(noise))
+        values["exact_seconds"] = torch.full(
+            (len(noise),), exact_seconds / len(noise), dtype=torch.double
+        )
+        values["replaced_seconds"] = torch.full(
+            (len(noise),), seconds / len(noise), dtype=torch.double
+        )
         errors = {key: self._over_steps[f"{key}_error"][-1] for key in ("teacher", "free")}
         values["teacher_error"] = errors["teacher"].mean(1)
         for i, name in enumerate(batch["name"]):

@@ -75,7 +75,8 @@ class SingularDefectDetector(Detector):
         maps = []
         for layer, block in enumerate(blocks[:detect]):
             like = next(block.parameters())
-            x = torch.randn(samples, channels, generator=generator).to(like)
+            size = (samples, channels)
+            x = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(like)
             maps.append(ops.linear_map(x, _one_token(block, layer, x)))
         return ops.defect_direction(maps)
 
