@@ -6,7 +6,7 @@ Hidden states are `[b n c]` here; hosts whose `nn.MultiheadAttention` keeps toke
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,10 +72,15 @@ def text_of(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
 
 
-def kept_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def kept_of(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    read: Callable[[Tensor], Tensor | None] = ops.kept_tokens,
+) -> Tensor | None:
     """Tokens that are no padding, bool `[b n]`, by the mask that a block is handed; else None."""
-    masks = (part for part in (*args, *kwargs.values()) if isinstance(part, Tensor))
-    return next((kept for kept in map(ops.kept_tokens, masks) if kept is not None), None)
+    parts = (part for part in (*args, *kwargs.values()) if isinstance(part, Tensor))
+    masks = (read(part) for part in parts if part.ndim == 4)
+    return next((kept for kept in masks if kept is not None), None)
 
 
 def given(out: Any, *, turn: bool = False) -> Tensor:

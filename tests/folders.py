@@ -16,6 +16,7 @@ SHARED = {
     "reduced",
     "settings",
     "shapes_world",
+    "host_mask",
     "stopwatch",
 }
 

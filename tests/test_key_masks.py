@@ -12,6 +12,7 @@ from torch import Tensor
 from fna_lab import ops
 from fna_lab.attn.base import AttentionVariant, Context, Removal
 from fna_lab.attn.exact import ExactAttention
+from fna_lab.attn.host_mask import HostMasks
 from fna_lab.attn.landmarks.attention import AttentionLandmarks
 from fna_lab.attn.landmarks.fps import FarthestPointLandmarks
 from fna_lab.attn.landmarks.leverage import LeverageLandmarks
@@ -111,6 +112,30 @@ def test_a_bias_beside_padding_is_honoured(name: str) -> None:
     out = named_attention(name, **EXACT[name])(q, k, v, context)
     exact = (0.5 * q @ k.mT + bias).softmax(-1) @ v
     torch.testing.assert_close(out.transpose(1, 2)[KEEP], exact.transpose(1, 2)[KEEP])
+
+
+def test_a_mask_of_all_pairs_is_read_once_a_pass_and_again_when_it_changes(monkeypatch) -> None:
+    read, masks = [], HostMasks()
+    kept_tokens = ops.kept_tokens
+    monkeypatch.setattr(ops, "kept_tokens", lambda mask: read.append(1) or kept_tokens(mask))
+    mask = KEEP[:, None, None].expand(-1, -1, N, -1).clone()
+    for _ in range(3):
+        keys, bias = masks.split(mask, N, "fna")
+        assert torch.equal(keys, KEEP) and bias is None
+        assert torch.equal(masks.kept(mask.expand(2, 1, N, N)), KEEP)
+    assert len(read) == 1
+    mask[:, :, :, 3] = False
+    assert not masks.split(mask, N, "fna")[0][:, 3].any() and len(read) == 2
+
+
+def test_a_later_block_with_another_mask_is_refused_too() -> None:
+    """Hosts of windows and of causal layers hand out several masks."""
+    (q, k, v), context = given(torch.zeros(1, 1, N, N, dtype=torch.float64))
+    variant = named_attention("fna", **VARIANTS["fna"])
+    variant(q, k, v, context)
+    causal = torch.full((1, 1, N, N), -torch.inf, dtype=torch.float64).triu(1)
+    with pytest.raises(NotImplementedError, match="keeps some queries from some keys"):
+        variant(q, k, v, replace(context, nth=1, layer=1, attn_mask=causal))
 
 
 SAMPLERS = {"attention": AttentionLandmarks(), "leverage": LeverageLandmarks()}

@@ -105,6 +105,22 @@ def test_found_neurons_are_those_of_the_definition(caplog):
         assert torch.isfinite(model(x)).all()
 
 
+@pytest.mark.parametrize("mode", ["zero", "mean", "same"])
+@pytest.mark.parametrize("every_row", [False, True])
+def test_what_padding_holds_changes_nothing(mode, every_row):
+    _, model, x = build("timm vit")
+    size = model.patch_embed.num_patches + 1
+    kept = (torch.arange(size) < size - 6).expand(len(x), 1, 1, -1)
+    mask = kept & kept.mT if every_row else kept  # padding may be kept from everything
+    other = x.clone()
+    other[:, :, -model.patch_embed.patch_size[0] :] *= -5  # the last row of patches is padding
+    neurons = [[1, i] for i in range(8)]
+    variant = RegistersAttention(neurons=neurons, num_registers=2, mode=mode)
+    with torch.no_grad(), fna_lab.patch(model, variant, layers="1-3"):
+        a, b = (model.forward_features(part, attn_mask=mask)[:, : size - 6] for part in (x, other))
+    torch.testing.assert_close(a, b)
+
+
 def test_without_outliers_a_warning_says_so(caplog):
     _, model, x = build("timm vit")
     _, blocks = find_blocks(model)

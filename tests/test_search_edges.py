@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -157,6 +158,7 @@ def test_an_error_leaves_no_correction_behind():
 )
 def test_a_copy_of_a_patched_model_works_on_its_own(mask):
     host, model, x = build("timm vit")
+    x.requires_grad_(True)  # a step of training: what the pass left has graphs
     with fna_lab.patch(model, "exact", mask, layers="2-3") as patched:
         wanted = host.run(model, x)
         twin = copy.deepcopy(model)
@@ -164,6 +166,22 @@ def test_a_copy_of_a_patched_model_works_on_its_own(mask):
         for block in model.blocks:
             block.mlp = nn.Identity()
     assert torch.equal(host.run(twin, x), wanted)
+
+
+@pytest.mark.parametrize("mask", ["none", iterative()])
+def test_nothing_of_a_pass_is_held_longer_than_the_patch(mask):
+    host, model, x = build("timm vit")
+    inputs = []
+    handle = model.blocks[2].register_forward_pre_hook(
+        lambda _, args: inputs.append(weakref.ref(args[0]))
+    )
+    patched = fna_lab.patch(model, "exact", mask, **LATE)
+    host.run(model, x.requires_grad_(True))
+    if mask == "none":
+        assert not any(held() is not None for held in inputs)
+    patched.remove()
+    handle.remove()
+    assert inputs and not any(held() is not None for held in inputs)
 
 
 @pytest.mark.parametrize("mask", [iterative(), redistribute(), ProjectionMask()])

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle as Handle
 
 from fna_lab import ops
 from fna_lab.attn.guard import Guard
+from fna_lab.attn.host_mask import HostMasks
 from fna_lab.attn.stopwatch import Stopwatch
 
 
@@ -60,6 +61,7 @@ class Context:
         depth: number of blocks of the host, None where unknown.
         stays: whether the host goes on with the output; False where a block runs to look for
             tokens alone.
+        masks: what earlier layers read of the host's masks; None = nothing is kept.
     """
 
     layer: int
@@ -79,15 +81,22 @@ class Context:
     num_suffix_tokens: int = 0
     depth: int | None = None
     stays: bool = True
+    masks: HostMasks | None = None
 
     def timed(self, part: str) -> AbstractContextManager[None]:
         """Notes the time inside the `with` for a part (`selection`), where anybody measures."""
         return nullcontext() if self.stopwatch is None else self.stopwatch.timed(part)
 
     @property
+    def reading(self) -> HostMasks:
+        """What reads the host's mask."""
+        return self.masks or HostMasks()
+
+    @property
     def kept(self) -> Tensor | None:
         """The host's own tokens that are no padding, bool `[b n]`; None = all are."""
-        kept = ops.kept_before(ops.kept_tokens(self.attn_mask), self.x, self.num_extra_tokens)
+        kept = self.reading.kept(self.attn_mask)
+        kept = ops.kept_before(kept, self.x, self.num_extra_tokens)
         return None if kept is None else kept.expand(self.x.shape[0], -1)
 
     @property
@@ -146,6 +155,7 @@ class AttentionVariant(ABC):
         *,
         enabled: Callable[[], bool],  # noqa: ARG002
         prefix: Callable[[Tensor], int],  # noqa: ARG002
+        kept: Callable[[], Tensor | None],  # noqa: ARG002
     ) -> Iterable[Handle]:
         """Hooks on the host that the variant needs beside the seam; removed with the patch.
 
@@ -154,6 +164,8 @@ class AttentionVariant(ABC):
             layers: those whose attention is replaced.
             enabled: whether the patch is switched on; hooks that change anything must ask.
             prefix: hidden states `[b n c]` of the running pass -> number of prefix tokens.
+            kept: the host's tokens of the running block that are no padding, bool `[b n]`; None =
+                all, and nothing is appended.
         """
         return ()
 
@@ -265,45 +277,11 @@ class KeyMaskedAttention(AttentionVariant):
 
     def keys(self, q: Tensor, context: Context) -> tuple[Tensor | None, Tensor | None]:
         """Keys that may be attended to, bool `[b n]` (None = all), and the bias of the logits."""
-        keys, bias = self._split(context, q)
+        keys, bias = context.reading.split(context.attn_mask, q.shape[2], self.name)
+        keys = None if keys is None else keys.expand(q.shape[0], -1)
         if context.removed is not None:
             keys = ~context.removed if keys is None else keys & ~context.removed
         return keys, bias
-
-    def _split(self, context: Context, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The host's mask as (keys that may be attended to `[b n]`, bias of the logits).
-
-        Waits for the device where the mask is no bool: is it a bias as well, does it bar pairs?
-        """
-        attn_mask = context.attn_mask
-        if attn_mask is None:
-            return None, None
-        keys = ops.kept_tokens(attn_mask)
-        single = attn_mask.dtype != torch.bool and attn_mask.shape[1] == 1
-        if keys is None and single and torch.compiler.is_compiling():
-            # What padding is it may ask; whether queries differ besides stays in the bias.
-            keys = (attn_mask[:, 0] > -ops.FAR).any(1)
-        if keys is not None:
-            bias = None
-            if attn_mask.dtype != torch.bool:
-                bias = attn_mask.masked_fill(~keys[:, None, None], 0)
-                if bias.shape[2] == bias.shape[3]:  # rows of padding are nobody's
-                    bias = bias.masked_fill(~keys[:, None, :, None], 0)
-                # A compiler cannot ask, and takes it for a bias.
-                asked = torch.compiler.is_compiling() or bool(bias.any())
-                bias = bias.expand(-1, -1, q.shape[2], -1) if asked else None
-            return keys.expand(q.shape[0], -1), bias
-        bars = attn_mask.dtype == torch.bool
-        if not bars and context.nth == 0 and not torch.compiler.is_compiling():
-            bars = bool((attn_mask < -ops.FAR).any())  # once a pass: it takes time
-        if bars:
-            raise NotImplementedError(
-                f"attn={self.name} cannot honour the host's attention mask of shape "
-                f"{tuple(attn_mask.shape)}, which keeps some queries from some keys (causal?): "
-                "expected a padding mask [b 1 1 n] or a finite bias. Point blocks= at a tower "
-                "that attends both ways, or use attn=exact."
-            )
-        return None, attn_mask
 
 
 class NoAttention(AttentionVariant):

@@ -88,6 +88,10 @@ class RegistersAttention(AttentionVariant):
         """
         mask = context.attn_mask
         if mask is not None and mask.shape[-1] == k.shape[2] - self.num_extra_tokens:
+            kept = context.reading.kept(mask)
+            if kept is not None and mask.shape[-2] != 1:  # one row says it for all that ask
+                row = kept.int().argmax(1)
+                mask = mask[torch.arange(len(mask), device=mask.device), :, row][:, :, None]
             if mask.shape[-2] != 1:
                 raise NotImplementedError(
                     f"attn={self.name} cannot honour the host's attention mask or position bias "
@@ -173,6 +177,7 @@ class RegistersAttention(AttentionVariant):
         *,
         enabled: Callable[[], bool],
         prefix: Callable[[Tensor], int],
+        kept: Callable[[], Tensor | None],
     ) -> Iterable[Handle]:
         """Append the tokens, drop them again, and move the neurons' values in between.
 
@@ -222,23 +227,26 @@ class RegistersAttention(AttentionVariant):
                 if not enabled():
                     return None
                 said = args[0].transpose(0, 1) if turn else args[0]
-                out = self._moved(said, some, prefix(said))
+                out = self._moved(said, some, prefix(said), kept())
                 return (out.transpose(0, 1) if turn else out, *args[1:])
 
             found.append(mlp_output(blocks[layer]).register_forward_pre_hook(move))
         return found
 
-    def _moved(self, said: Tensor, some: list[int], prefix: int) -> Tensor:
+    def _moved(self, said: Tensor, some: list[int], prefix: int, kept: Tensor | None) -> Tensor:
         """Activations `[b n f]` with some neurons' values moved from patches to added tokens."""
         extra = self.num_extra_tokens
         index = torch.tensor(some, device=said.device)
         mine = said[..., index]
         host, patches = mine[:, :prefix], mine[:, prefix:-extra]
-        taken = ops.strongest_activation(patches)[:, None].expand(-1, extra, -1)
+        real = None if kept is None else kept[:, prefix:-extra].expand(len(said), -1)
+        taken = ops.strongest_activation(patches, real)[:, None].expand(-1, extra, -1)
         if self.mode == "zero":
             patches = torch.zeros_like(patches)
         elif self.mode == "mean":
-            patches = patches.mean(1, keepdim=True).expand_as(patches)
+            total = patches if real is None else patches.masked_fill(~real[..., None], 0)
+            count = patches.shape[1] if real is None else real.sum(1)[:, None, None].clamp(min=1)
+            patches = (total.sum(1, keepdim=True) / count).expand_as(patches)
         moved = torch.cat([host, patches, taken], dim=1)
         return said.index_copy(2, index, moved)
 

@@ -52,7 +52,7 @@ class NeuronTap:
         mlp: nn.Module,  # noqa: ARG002
         args: tuple[Tensor, ...],
     ) -> None:
-        said = args[0][..., some]
+        said = args[0][..., some].detach()  # only tells which tokens stand out
         self._said[layer] = said.transpose(0, 1) if self._turn else said
 
     def read(self, only: Tensor | None = None, *, again: int = 0) -> Tensor | None:

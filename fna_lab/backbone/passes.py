@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fna_lab import ops
 from fna_lab.attn.base import Removal
+from fna_lab.attn.host_mask import HostMasks
+from fna_lab.hosts import kept_of
 
 
 @dataclass
@@ -51,6 +54,8 @@ class Pass:
         shared: by attention variants.
         calls: positional and keyword arguments of the blocks that may run again.
         begun: `nth` and `shared` as they were when a block began, and where its input lay.
+        masks: what was read of the host's masks, None before the first block.
+        input: what the running block works on `[b n c]`; None between blocks.
     """
 
     last: int = -1
@@ -64,10 +69,16 @@ class Pass:
     shared: dict[str, Any] = field(default_factory=dict)
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     begun: dict[int, tuple[int, dict[str, Any], int]] = field(default_factory=dict)
+    masks: HostMasks | None = None
+    input: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type[Pass], tuple[()]]:
+        """Copies and pickles of a model hold nothing of a pass: it has graphs, and ends."""
+        return Pass, ()
 
     def begin(self, layer: int, x: Tensor) -> None:
         """Note that a block begins, on its input `[b n c]`."""
-        self.last = layer
+        self.last, self.masks = layer, self.masks or HostMasks()
         self.begun[layer] = self.nth, dict(self.shared), _place(x)
 
     def resume(self, layer: int, x: Tensor, blocks: str) -> None:
@@ -84,6 +95,13 @@ class Pass:
                 "but the model has seen other pictures since; expected backward() before the next "
                 "forward pass, for landmarks and found tokens of one pass alone are kept."
             )
+
+    def read_padding(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, extra: int
+    ) -> None:
+        """Note which tokens are no padding, by a block's arguments; `extra` are appended."""
+        read = ops.kept_tokens if self.masks is None else self.masks.kept
+        self.kept = ops.kept_before(kept_of(args, kwargs, read), x, extra)
 
     def known(self, name: str, blocks: str) -> Found:
         """What the search of a name found.

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fna_lab import ops
 from fna_lab.attn.base import AttentionVariant, Context, Removal
 from fna_lab.attn.layers import parse_layers
 from fna_lab.attn.stopwatch import Stopwatch
@@ -22,7 +21,7 @@ from fna_lab.backbone.passes import Again, Found, Pass, rows_of, runs_for_gradie
 from fna_lab.backbone.plan import check_fit, plan_searches
 from fna_lab.backbone.seam import AttentionSeam, Changed, EnterSeam, LeaveSeam, Probed, recompile
 from fna_lab.backbone.search import Finder, Search
-from fna_lab.hosts import hidden, kept_of, text_of, tokens_first, with_hidden
+from fna_lab.hosts import hidden, text_of, tokens_first, with_hidden
 from fna_lab.mask.base import Mask
 
 Observer = Callable[[Tensor, Tensor, Tensor, Context], None]
@@ -143,7 +142,6 @@ class Patch:
         self._turn = tokens_first(blocks[0])
         self._finder = Finder(blocks, self._seam, self._prefix, self._layout.has_cls)
         self._pass = Pass()
-        self._input: Tensor | None = None
         self._resumed = False
         self._adjuster = Adjuster(mask, blocks, mask_layers)
         self._hooks: list[RemovableHandle] = []
@@ -212,6 +210,11 @@ class Patch:
             recompile()
         while self._hooks:
             self._hooks.pop().remove()
+        self._pass = Pass(found=self._pass.found)  # nothing of the last pictures but their tokens
+
+    def left(self) -> None:
+        """A block is done, and what it worked on is not needed any more."""
+        self.running = self._pass.input = None
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -257,10 +260,9 @@ class Patch:
         embedding = find_patch_embedding(self.model, self._path)
         if embedding is not None:
             self._hooks.append(embedding.register_forward_hook(self._begin))
-        prefix = partial(self._prefix, layer=self.attn_layers[0])
-        self._hooks += self.attn.hooks(
-            self.blocks, self.attn_layers, enabled=lambda: self.enabled, prefix=prefix
-        )
+        asked: dict[str, Any] = {"enabled": lambda: self.enabled, "kept": lambda: self._pass.kept}
+        asked["prefix"] = partial(self._prefix, layer=self.attn_layers[0])
+        self._hooks += self.attn.hooks(self.blocks, self.attn_layers, **asked)
         self._hooks += self._adjuster.hooks(lambda: self._pass if self.enabled else None)
         for layer in sorted(self._touched):
             self._take(layer)
@@ -292,7 +294,7 @@ class Patch:
                 self._pass = Pass(grid=self._pass.grid)
             self._pass.begin(layer, x)
         x = given = self._pass.join(x, text_of(self.blocks[layer], args, kwargs))
-        self._pass.kept = ops.kept_before(kept_of(args, kwargs), x, self._extra(layer))
+        self._pass.read_padding(args, kwargs, x, self._extra(layer))
         for search in self.searches:
             if search.probes and layer in search.reruns:
                 self._pass.calls[layer] = args, kwargs
@@ -305,7 +307,7 @@ class Patch:
         if self.mask.rewrites and layer == self.mask_layers[0]:
             tokens, prefix = self._known("mask").tokens, self._prefix(x, layer)
             x = self._adjuster.rewrite(x, tokens, self._pass, prefix, self._extra(layer))
-        self._input = x
+        self._pass.input = x
         return None if x is given else with_hidden(args, kwargs, x, turn=self._turn)
 
     def _attend(
@@ -320,7 +322,7 @@ class Patch:
         is_causal: bool,
         again: Again | None = None,
     ) -> Tensor:
-        x = self._input if again is None else again.x
+        x = self._pass.input if again is None else again.x
         stays = again.stays if again else not any(layer in s.redone for s in self.searches)
         assert x is not None
         if is_causal:
@@ -359,6 +361,7 @@ class Patch:
                 c: rows_of(self._class(c), again and again.only) for c in variant.token_classes
             },
             stays=stays,
+            masks=self._pass.masks,
         )
         if again is None and layer in self.mask_layers and self._adjuster.works:
             found = self._known("mask").tokens if self.mask.looks else None

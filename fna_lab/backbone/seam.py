@@ -49,6 +49,8 @@ class Switch(Protocol):
     enabled: bool
     running: EnterSeam | None
 
+    def left(self) -> None: ...
+
 
 class AttentionSeam(TorchFunctionMode):
     """Hands each fused-attention call to `attend` and counts it.
@@ -239,7 +241,7 @@ class EnterSeam:
 
     def leave(self) -> None:
         """Leave the seam again."""
-        self.patch.running = None
+        self.patch.left()
         self.seam.__exit__(None, None, None)
 
 

@@ -315,7 +315,7 @@ class _Apart:
             scale: factor of the logits.
         """
         num = self.rows.shape[1]
-        own = columns.new_full((num, num), -torch.inf).fill_diagonal_(0)
+        own = torch.eye(num, dtype=columns.dtype, device=q.device).log()
         shape = (*columns.shape[:2], num, -1)
         few = gather_tokens(q, self.rows)
         found = F.scaled_dot_product_attention(
