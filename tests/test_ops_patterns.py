@@ -24,6 +24,11 @@ def inputs():
 def test_removed_pairs_gives_the_published_pairs(pattern):
     found = ops.removed_pairs(reference("mask_tokens"), pattern)
     assert torch.equal(found, reference(f"mask_{pattern}_removed"))
+    some = slice(1, 4)
+    assert torch.equal(
+        ops.removed_pairs(reference("mask_tokens"), pattern, some).expand_as(found[:, some]),
+        found[:, some],
+    )
 
 
 @pytest.mark.parametrize("pattern", ops.PATTERNS)

@@ -16,7 +16,7 @@ from fna_lab.report import __main__ as shell
 from fna_lab.report import figure, record, sweep, table
 
 
-def made(attn: str, landmarks: int, cosine: float, seed: int = 0) -> dict[str, Any]:
+def made(attn: str, landmarks: int | None, cosine: float, seed: int = 0) -> dict[str, Any]:
     """A record as a run writes it (constructed)."""
     config = {
         "name": "x", "outputs": "outputs", "seed": seed, "logger": {"_target_": None},
@@ -180,6 +180,9 @@ def test_figure_and_shell(
             y=["top1"],
             lines="attn",
         )
+    without = made("fna", None, 0.5)
+    with pytest.raises(ValueError, match="attn.num_landmarks=None in one of the runs: expected"):
+        figure.plot([without], picture, x="attn.num_landmarks", y=["cls_cosine"], lines="attn")
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="holds no finished run"):
         shell.main()

@@ -15,7 +15,6 @@ total. Inputs are random numbers, the tokens that a mask takes away are random o
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ from fna_lab.bench.attention import bench_attention
 from fna_lab.bench.model import bench_model
 from fna_lab.bench.selection import bench_selection
 from fna_lab.bench.settings import DTYPES, MASKS, Settings
-from fna_lab.report.record import surroundings
+from fna_lab.report.record import surroundings, write_json
 from fna_lab.report.table import make_console
 from fna_lab.report.timing_figures import plot
 from fna_lab.report.timings import device, slopes, timing_table
@@ -116,8 +115,7 @@ def main() -> None:
         facts = {"arguments": arguments, **surroundings(settings.device)}
         for row in bench(settings, lambda text: console.print(text, highlight=False)):
             rows.append(row)
-            text = json.dumps(facts | {"slopes": slopes(rows), "rows": rows}, indent=2)
-            (out / "bench.json").write_text(text + "\n")
+            write_json(facts | {"slopes": slopes(rows), "rows": rows}, out / "bench.json")
     except KeyboardInterrupt:
         interrupted = True
         console.print("interrupted; what was measured until then:")

@@ -63,8 +63,11 @@ class NeighbourAgreement(Metric):
         """The share, from 0 to 1."""
         nearest = []
         for features in (dim_zero_cat(self.exact), dim_zero_cat(self.patched)):
-            similarity = features @ features.mT
-            nearest.append(similarity.fill_diagonal_(-torch.inf).argmax(1))
+            found = []
+            for rows in torch.arange(len(features), device=features.device).split(1024):
+                similarity = features[rows] @ features.mT  # all rows at once: O(n^2) memory
+                found.append(similarity.scatter_(1, rows[:, None], -torch.inf).argmax(1))
+            nearest.append(torch.cat(found))
         return (nearest[0] == nearest[1]).double().mean()
 
 

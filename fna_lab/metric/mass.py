@@ -36,7 +36,7 @@ def attention_pattern(
     q, k, scale = q[pictures, :, rows], k[pictures], context.scale
     if removal is None:
         return ops.attention_pattern(q, k, scale=scale, bias=bias)
-    gone = ops.removed_pairs(removal.tokens[pictures], removal.pattern)[:, None, rows]
+    gone = ops.removed_pairs(removal.tokens[pictures], removal.pattern, rows)[:, None]
     if removal.stage == "sink":
         return ops.attention_pattern(q, k, scale=scale, bias=bias).masked_fill(gone, 0.0)
     if bias is None or bias.dtype == torch.bool:

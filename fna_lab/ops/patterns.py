@@ -49,7 +49,7 @@ def check_pattern(pattern: str, stage: str, prefix: str = "") -> str:
     return pattern
 
 
-def removed_pairs(tokens: Tensor, pattern: str) -> Tensor:
+def removed_pairs(tokens: Tensor, pattern: str, queries: slice = slice(None)) -> Tensor:
     """Which pairs a pattern takes away.
 
     `type1`: every row x T. `type2`: the same, but each token of T still sees itself. `t_to_x`:
@@ -59,9 +59,10 @@ def removed_pairs(tokens: Tensor, pattern: str) -> Tensor:
     Args:
         tokens: T, bool `[b n]`.
         pattern: one of `PATTERNS`.
+        queries: those that are wanted.
 
     Returns:
-        bool `[b n n]` (query, key), True = taken away.
+        bool `[b n n]` (query, key), or `[b m n]` for m queries, True = taken away.
 
     Raises:
         TypeError: `tokens` is not boolean.
@@ -69,8 +70,9 @@ def removed_pairs(tokens: Tensor, pattern: str) -> Tensor:
     """
     _check_tokens(tokens)
     check_choice("pattern", pattern, PATTERNS)
-    rows, columns = tokens[:, :, None], tokens[:, None, :]
-    own = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)[None]
+    rows, columns = tokens[:, queries, None], tokens[:, None, :]
+    place = torch.arange(tokens.shape[1], device=tokens.device)
+    own = (place[queries, None] == place)[None]
     everything = torch.ones_like(own)
     return {
         "type1": lambda: columns & everything,
@@ -81,7 +83,7 @@ def removed_pairs(tokens: Tensor, pattern: str) -> Tensor:
         "t_self": lambda: rows & own,
         "t_to_others": lambda: rows & ~own,
         "x_self": lambda: own.expand(tokens.shape[0], -1, -1),
-        "x_to_x": lambda: everything.expand(tokens.shape[0], tokens.shape[1], -1),
+        "x_to_x": lambda: everything.expand(tokens.shape[0], -1, -1),
     }[pattern]()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from fna_lab.report import canvas
 from fna_lab.report.record import counted
 from fna_lab.report.settings import flatten
 
@@ -29,7 +30,7 @@ def plot(
         lines: the setting that makes a line, such as `attn`.
 
     Raises:
-        ValueError: a name is in none of the runs.
+        ValueError: a name is in none of the runs, or `x` is no number in one.
     """
     points: dict[str, dict[str, list[tuple[float, float]]]] = {name: {} for name in y}
     for record in records:
@@ -38,7 +39,7 @@ def plot(
         for name in y:
             if x in config and values.get(name) is not None:
                 line = points[name].setdefault(str(config.get(lines, "-")), [])
-                line.append((float(config[x]), float(values[name])))
+                line.append((_number(config[x], x), float(values[name])))
     for name in y:
         if not points[name]:
             known = sorted({key for record in records for key in record["metrics"]})
@@ -67,4 +68,13 @@ def plot(
         f"{counted(first)} of {data['name']}",
         fontsize=10,
     )
-    figure.savefig(path, dpi=160)
+    canvas.save(figure, path)
+
+
+def _number(value: str, setting: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(
+            f"{setting}={value} in one of the runs: expected a setting that is a number in all."
+        ) from None

@@ -82,9 +82,7 @@ def write(
         os.replace(packed, folder / ARRAYS)
     _write_rows(rows, folder / SAMPLES)
     (folder / UNFINISHED).unlink(missing_ok=True)
-    metrics = folder / f"{METRICS}.part"
-    metrics.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
-    os.replace(metrics, folder / METRICS)
+    write_json(record, folder / METRICS)
 
 
 def write_unfinished(rows: Sequence[dict[str, Any]], folder: Path) -> Path:
@@ -92,6 +90,17 @@ def write_unfinished(rows: Sequence[dict[str, Any]], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     _write_rows(rows, folder / UNFINISHED)
     return folder / UNFINISHED
+
+
+def write_json(facts: Mapping[str, Any], path: Path) -> None:
+    """Write facts whole or not at all.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n")
+    os.replace(part, path)
 
 
 def read(folder: Path) -> dict[str, Any]:
