@@ -11,12 +11,11 @@ SHARED = {
     "classes",
     "closely",
     "guard",
+    "host_mask",
     "layers",
     "neurons",
     "reduced",
-    "settings",
     "shapes_world",
-    "host_mask",
     "stopwatch",
 }
 

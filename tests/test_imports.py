@@ -21,18 +21,20 @@ KERNELS = {PACKAGE / "ops/kernels" / name for name in ("nystrom.py", "points.py"
 
 # Part of the package -> what it may import of the package beside itself.
 MAY = {
+    "settings": (),
     "ops": (),
     "hosts": ("ops",),
-    "attn": ("ops", "hosts"),
-    "mask": ("ops", "hosts"),
-    "backbone": ("ops", "hosts", "attn", "mask"),
-    "data": (),
+    "attn": ("settings", "ops", "hosts"),
+    "mask": ("settings", "ops", "hosts"),
+    "backbone": ("settings", "ops", "hosts", "attn", "mask"),
+    "data": ("settings",),
     "metric": ("ops", "attn.base", "attn.reduced", "attn.landmarks.base", "attn.stopwatch"),
     "finding": ("ops", "hosts", "attn.base", "mask", "backbone.base", "backbone.patch",
                 "backbone.replay"),
     # There is one clock: task=timing runs the benchmark's.
-    "task": ("hosts", "metric", "finding.base", "finding.lab", "attn.base", "attn.reduced",
-             "backbone.base", "backbone.named", "backbone.neurons", "backbone.patch",
+    "task": ("settings", "hosts", "metric", "finding.base", "finding.lab", "attn.base",
+             "attn.reduced", "backbone.base", "backbone.named", "backbone.neurons",
+             "backbone.patch",
              "backbone.sd3", "mask.detector.base", "attn.landmarks.base",
              "bench.attention", "bench.selection", "bench.settings"),
     "report": (),

@@ -12,6 +12,7 @@ from fna_lab.attn.base import Context
 from fna_lab.attn.fna import FastNystromAttention
 from fna_lab.attn.landmarks.base import LandmarkSampler
 from fna_lab.attn.solver.base import Solver
+from fna_lab.settings import is_whole
 
 
 class ExplicitAttention(FastNystromAttention):
@@ -59,7 +60,7 @@ class ExplicitAttention(FastNystromAttention):
         exclude: Sequence[str] = (),
         per_head: bool = False,
     ) -> None:
-        if not isinstance(num_landmarks, int):
+        if not is_whole(num_landmarks):
             raise ValueError(
                 f"attn.num_landmarks={num_landmarks!r}: expected one number for all blocks."
             )
@@ -75,8 +76,7 @@ class ExplicitAttention(FastNystromAttention):
             per_head=per_head,
             rows=1,  # the rows of all landmarks are there
         )
-        good = isinstance(num_explicit, int) and not isinstance(num_explicit, bool)
-        if not good or not 1 <= num_explicit <= num_landmarks:
+        if not is_whole(num_explicit) or not 1 <= num_explicit <= num_landmarks:
             raise ValueError(
                 f"attn.num_explicit={num_explicit!r}: expected an integer from 1 to "
                 f"attn.num_landmarks={num_landmarks}."

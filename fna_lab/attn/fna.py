@@ -16,9 +16,9 @@ from fna_lab.attn.landmarks.base import HEAD_SOURCES, LandmarkSampler, source_po
 from fna_lab.attn.landmarks.grid_fps import GridFarthestPointLandmarks
 from fna_lab.attn.layers import Counts
 from fna_lab.attn.reduced import LandmarkAttention, slot_of
-from fna_lab.attn.settings import check_flag, check_integer, check_number
 from fna_lab.attn.solver.base import Solver, check_solver
 from fna_lab.attn.solver.ridge import RidgeSolver
+from fna_lab.settings import check_flag, check_integer, check_number
 
 # Fewest landmarks that are fitted by default, where there are as many.
 LEAST_ROWS = 32

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.settings import check_number
 from fna_lab.attn.solver.ridge import RidgeSolver
+from fna_lab.settings import check_number
 
 Solve = Callable[[Tensor, Tensor], Tensor]
 

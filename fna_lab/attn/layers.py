@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor
 
-from fna_lab.attn.settings import is_whole
+from fna_lab.settings import is_whole
 
 Copied = TypeVar("Copied", bound="BlockCounts")
 Counts = int | Mapping[int, int] | Sequence[int]
@@ -74,7 +74,7 @@ class Renewal:
     def __init__(self, renew: int | str) -> None:
         named = {"never": 0, "every": 1, "settled": 1}
         every = named.get(renew) if isinstance(renew, str) else renew
-        if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+        if not is_whole(every) or every < 0:
             raise ValueError(
                 f"attn.renew={renew!r}: expected every, settled, never, or an integer n >= 0 "
                 "(every n layers, 0 = never)."

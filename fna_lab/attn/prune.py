@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fna_lab import ops
 from fna_lab.attn.base import Context, KeyMaskedAttention
-from fna_lab.attn.settings import check_integer, check_number
+from fna_lab.settings import check_integer, check_number
 
 RESTORE = ("nearest", "zero")
 

@@ -14,7 +14,7 @@ from fna_lab.attn.base import Context, KeyMaskedAttention
 from fna_lab.attn.classes import DETECTED, prefix_tokens, read_classes, token_set
 from fna_lab.attn.landmarks.base import HEAD_SOURCES, SOURCES, LandmarkSampler, sampled_points
 from fna_lab.attn.layers import BlockCounts, Counts, Renewal
-from fna_lab.attn.settings import check_flag
+from fna_lab.settings import check_flag
 
 
 class ReducedAttention(BlockCounts, KeyMaskedAttention):

@@ -16,8 +16,8 @@ from torch.utils.hooks import RemovableHandle as Handle
 from fna_lab import ops
 from fna_lab.attn.base import AttentionVariant, Context
 from fna_lab.attn.neurons import firing_neurons
-from fna_lab.attn.settings import check_integer, check_number
 from fna_lab.hosts import given, hidden, mlp_output, tokens_first, with_given, with_hidden
+from fna_lab.settings import check_integer, check_number, is_whole
 
 log = logging.getLogger(__name__)
 
@@ -265,7 +265,7 @@ def _read_neurons(neurons: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
         found = [tuple(pair) for pair in neurons]
     except TypeError:
         found = []
-    whole = all(type(i) is int and i >= 0 for pair in found for i in pair)
+    whole = all(is_whole(i) and i >= 0 for pair in found for i in pair)
     if not found or any(len(pair) != 2 for pair in found) or not whole:
         raise ValueError(f"attn.neurons={neurons!r}: expected [[block, neuron], ...] or null.")
     return [(layer, neuron) for layer, neuron in found]

@@ -17,11 +17,11 @@ from fna_lab.attn.base import AttentionVariant, Context
 from fna_lab.attn.exact import ExactAttention
 from fna_lab.attn.layers import parse_layers
 from fna_lab.attn.reduced import ReducedAttention
-from fna_lab.attn.settings import check_integer, check_number
 from fna_lab.backbone.blocks import find_blocks
 from fna_lab.backbone.named import resolve
 from fna_lab.backbone.patch import Patch, patch
 from fna_lab.hosts import noted, out_projection
+from fna_lab.settings import check_integer, check_number
 
 log = logging.getLogger(__name__)
 

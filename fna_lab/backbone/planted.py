@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fna_lab.backbone.base import Anatomy, Backbone, Features, check_img_size
+from fna_lab.settings import check_integer
 
 PATCH_SIZE = 8
 DEPTH, WIDTH, HEADS, HIDDEN = 8, 64, 8, 10
@@ -92,8 +93,7 @@ class PlantedBackbone(Backbone):
         check_img_size(img_size, PATCH_SIZE)
         if not isinstance(planted, bool):
             raise ValueError(f"backbone.planted={planted!r}: expected true or false.")
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"backbone.seed={seed!r}: expected an integer >= 0.")
+        check_integer("backbone.seed", seed, least=0)
         host = VisionTransformer(
             img_size=img_size,
             patch_size=PATCH_SIZE,

@@ -13,6 +13,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fna_lab.settings import check_integer
+
 Transform = Callable[[Image.Image], Tensor]
 TEMPLATES = ("a photo of a {}", "a picture of a {}", "a {}")
 
@@ -51,12 +53,9 @@ class PictureData(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"data.batch_size={batch_size!r}: expected an integer >= 1.")
-        if limit is not None and (not isinstance(limit, int) or limit < 1):
-            raise ValueError(f"data.limit={limit!r}: expected an integer >= 1, or null for all.")
-        if not isinstance(num_workers, int) or num_workers < 0:
-            raise ValueError(f"data.num_workers={num_workers!r}: expected an integer >= 0.")
+        check_integer("data.batch_size", batch_size)
+        check_integer("data.limit", limit, optional=True)
+        check_integer("data.num_workers", num_workers, least=0)
         self.transform = transform
         self.batch_size = batch_size
         self.num_workers = num_workers

@@ -9,6 +9,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from fna_lab.data.base import PictureData, Transform
+from fna_lab.settings import check_integer
 
 
 class NoiseData(PictureData):
@@ -26,8 +27,7 @@ class NoiseData(PictureData):
     def __init__(self, *, count: int = 16, img_size: int = 224, **common: Any) -> None:
         super().__init__(**common)
         for name, value in (("count", count), ("img_size", img_size)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"data.{name}={value!r}: expected an integer >= 1.")
+            check_integer(f"data.{name}", value)
         self.count = count if self.limit is None else min(count, self.limit)
         self.img_size = img_size
 

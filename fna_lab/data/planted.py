@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from fna_lab.data.base import PictureData, Transform
+from fna_lab.settings import check_integer
 
 PATCH_SIZE = 8
 NUM_CLASSES = 12
@@ -115,8 +116,7 @@ class PlantedData(PictureData):
     ) -> None:
         super().__init__(**common)
         for name, value in (("count", count), ("bank_count", bank_count), ("img_size", img_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"data.{name}={value!r}: expected an integer >= 1.")
+            check_integer(f"data.{name}", value)
         if img_size % PATCH_SIZE:
             raise ValueError(f"data.img_size={img_size}: expected a multiple of {PATCH_SIZE}.")
         for name, few_and_most in (("massive", massive), ("artifact", artifact)):

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from fna_lab.data.base import PictureData
 from fna_lab.data.sentences import read_lines
+from fna_lab.settings import check_integer
 
 # Written for this project: still lives, animals, places, materials, lettering, many things.
 PROMPTS = (
@@ -77,8 +78,7 @@ class PromptsData(PictureData):
         self, *, path: str | None = None, seeds: int = 1, batch_size: int = 1, **common: Any
     ) -> None:
         super().__init__(batch_size=batch_size, **common)
-        if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
-            raise ValueError(f"data.seeds={seeds!r}: expected an integer >= 1.")
+        check_integer("data.seeds", seeds)
         self.path = None if path is None else Path(path).expanduser()
         self.seeds = seeds
 

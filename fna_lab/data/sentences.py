@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from fna_lab.data.base import PictureData
 from fna_lab.data.shapes_world import sample_scene
+from fna_lab.settings import check_integer
 
 
 class Sentences(Dataset[dict[str, Any]]):
@@ -65,8 +66,7 @@ class SentencesData(PictureData):
 
     def __init__(self, *, path: str | None = None, count: int = 200, **common: Any) -> None:
         super().__init__(**common)
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"data.count={count!r}: expected an integer >= 1.")
+        check_integer("data.count", count)
         self.path = None if path is None else Path(path).expanduser()
         self.count = count
 

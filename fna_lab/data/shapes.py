@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from fna_lab.data.base import PictureData, Transform
 from fna_lab.data.shapes_world import COLOURS, SHAPES, SIZES, TEXTURES, Scene, render, sample_scene
+from fna_lab.settings import check_integer
 
 LABELS = {
     "shape": list(SHAPES),
@@ -127,8 +128,7 @@ class ShapesData(PictureData):
     ) -> None:
         super().__init__(**common)
         for name, value in (("count", count), ("bank_count", bank_count), ("img_size", img_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"data.{name}={value!r}: expected an integer >= 1.")
+            check_integer(f"data.{name}", value)
         if label not in LABELS:
             raise ValueError(f"data.label={label!r}: expected one of {', '.join(LABELS)}.")
         sample_scene(0, objects=(objects[0], objects[1]), split=split)  # checks both

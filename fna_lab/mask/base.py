@@ -8,6 +8,7 @@ from torch import Tensor
 from fna_lab import ops
 from fna_lab.mask.detector.base import Detector
 from fna_lab.mask.detector.cls_proxy import ClsProxyDetector
+from fna_lab.settings import check_integer, is_whole
 
 SCHEDULES = ("oneshot", "iterative")
 
@@ -18,7 +19,7 @@ def check_block(setting: str, value: object) -> None:
     Raises:
         ValueError: naming the setting and its value.
     """
-    if type(value) is not int or value < 0:
+    if not is_whole(value) or value < 0:
         raise ValueError(f"{setting}={value!r}: expected the index of one block, from 0 on.")
 
 
@@ -79,9 +80,7 @@ class Mask:
         if schedule not in SCHEDULES:
             raise ValueError(f"mask.schedule={schedule!r}: expected {' or '.join(SCHEDULES)}.")
         for name, value in (("per_round", per_round), ("max_rounds", max_rounds)):
-            unlimited = value is None and name == "per_round"
-            if not unlimited and (type(value) is not int or value < 1):
-                raise ValueError(f"mask.{name}={value!r}: expected an integer >= 1.")
+            check_integer(f"mask.{name}", value, optional=name == "per_round")
         for name, value in (("detect", detect), ("restart", restart)):
             if value is not None:
                 check_block(f"mask.{name}", value)

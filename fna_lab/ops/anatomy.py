@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fna_lab.ops.checks import check_bool, check_float, check_index
+from fna_lab.ops.checks import check_bool, check_float, check_index, check_integer
 from fna_lab.ops.token_classes import TOKEN_CLASSES
 
 
@@ -103,8 +103,7 @@ def top_activations(x: Tensor, num: int = 3) -> tuple[Tensor, Tensor]:
     Source: Sun et al. 2024, Massive Activations in Large Language Models, section 2.
     """
     check_float("x", x, 3, "[b n c]")
-    if isinstance(num, bool) or not isinstance(num, int) or not 1 <= num <= x[0].numel():
-        raise ValueError(f"Expected num to be an integer from 1 to {x[0].numel()}, got {num!r}.")
+    check_integer("num", num, most=x[0].numel())
     values, places = x.abs().flatten(1).topk(num, dim=1)
     return values, places
 
@@ -221,8 +220,7 @@ def principal_components(
         ValueError: `x` is not `[b p c]`, or `num` is not between 1 and min(p, c).
     """
     check_float("x", x, 3, "[b p c]")
-    if isinstance(num, bool) or not isinstance(num, int) or not 1 <= num <= min(x.shape[1:]):
-        raise ValueError(f"Expected num to be from 1 to {min(x.shape[1:])}, got {num!r}.")
+    check_integer("num", num, most=min(x.shape[1:]))
     if kept is None:
         centred = x.double() - x.double().mean(1, keepdim=True)
     else:

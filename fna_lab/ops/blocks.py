@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fna_lab.ops.checks import check_float
+from fna_lab.ops.checks import check_float, check_integer
 
 
 def block_low_rank(pattern: Tensor, labels: Tensor, num: int, rank: int) -> Tensor:
@@ -32,8 +32,7 @@ def block_low_rank(pattern: Tensor, labels: Tensor, num: int, rank: int) -> Tens
     check_float("pattern", pattern, 4, "[b h n n]")
     if labels.shape != (pattern.shape[0], pattern.shape[2]):
         raise ValueError(f"Expected labels [b n], got {tuple(labels.shape)}.")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"Expected rank to be an integer >= 1, got {rank!r}.")
+    check_integer("rank", rank)
     if torch.is_grad_enabled() and pattern.requires_grad:
         raise NotImplementedError(
             "block_low_rank (attn=block_svd) has no gradient where singular values are equal; "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,16 @@ def check_same_device(**tensors: Tensor) -> None:
     devices = {name: str(tensor.device) for name, tensor in tensors.items()}
     if len(set(devices.values())) > 1:
         raise ValueError(f"Expected all arguments on one device, got {devices}.")
+
+
+def check_integer(name: str, value: object, *, least: int = 1, most: int | None = None) -> None:
+    """Raise unless `value` is an integer within bounds, and no truth value."""
+    if isinstance(value, int | Integral) and not isinstance(value, bool):
+        number = int(value)
+        if least <= number and (most is None or number <= most):
+            return
+    bounds = f">= {least}" if most is None else f"from {least} to {most}"
+    raise ValueError(f"Expected {name} to be an integer {bounds}, got {value!r}.")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fna_lab.ops.checks import check_integer
 from fna_lab.ops.spread import KEPT, KEPT_ONE_OF, SAMPLED
 
 
@@ -142,5 +143,4 @@ def break_even_tokens(
 
 def _positive(**values: int) -> None:
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"Expected {name} to be an integer >= 1, got {value!r}.")
+        check_integer(name, value)

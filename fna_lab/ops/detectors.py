@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab.ops.attention import attention_logits
-from fna_lab.ops.checks import check_bool, check_float, default_scale
+from fna_lab.ops.checks import check_bool, check_float, check_integer, default_scale
 from fna_lab.ops.padding import medians, patches_of
 
 
@@ -164,8 +164,7 @@ def cls_proxy(
         check_bool("found", found, tuple(row.shape))
         open_ &= ~found
     if top is not None:
-        if isinstance(top, bool) or not isinstance(top, int) or top < 1:
-            raise ValueError(f"Expected top to be an integer >= 1, got {top!r}.")
+        check_integer("top", top)
         best = row.masked_fill(~open_, -1).topk(min(top, row.shape[1]), dim=1).indices
         open_ &= torch.zeros_like(open_).scatter(1, best, True)
     return open_ & (row > ratio * own)
@@ -231,8 +230,7 @@ def patch_norms(x: Tensor, prefix: int) -> Tensor:
         ValueError: `x` is not `[b n c]` or holds fewer than two patch tokens.
     """
     check_float("x", x, 3, "[b n c]")
-    if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:
-        raise ValueError(f"Expected prefix to be an integer >= 0, got {prefix!r}.")
+    check_integer("prefix", prefix, least=0)
     if x.shape[1] - prefix < 2:
         raise ValueError(
             f"Expected at least two patch tokens, got {x.shape[1]} tokens with prefix={prefix}."

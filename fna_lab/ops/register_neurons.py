@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fna_lab.ops.checks import check_bool, check_float
+from fna_lab.ops.checks import check_bool, check_float, check_integer
 
 
 def register_neuron_scores(
@@ -67,8 +67,7 @@ def top_register_neurons(
     Source: Jiang et al. 2025, algorithm 1.
     """
     check_float("scores", scores, 2, "[l f]")
-    if isinstance(num, bool) or not isinstance(num, int) or not 1 <= num <= scores.numel():
-        raise ValueError(f"Expected num to be an integer from 1 to {scores.numel()}, got {num!r}.")
+    check_integer("num", num, most=scores.numel())
     rows = list(range(scores.shape[0])) if layers is None else list(layers)
     if len(rows) != scores.shape[0]:
         raise ValueError(f"Expected layers to name {scores.shape[0]} rows, got {len(rows)}.")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fna_lab.ops.attention import attention_logits
-from fna_lab.ops.checks import check_bool, check_choice, check_float, default_scale
+from fna_lab.ops.checks import check_bool, check_choice, check_float, check_integer, default_scale
 from fna_lab.ops.patterns import STAGES
 
 # The published thresholds: nine uniform shares, seven standard deviations.
@@ -257,6 +257,5 @@ def _of(weights: Tensor, asks: Tensor | None, rows: slice) -> Tensor:
 
 
 def _chunks(tokens: int, chunk: int) -> Iterator[slice]:
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"Expected chunk to be an integer >= 1, got {chunk!r}.")
+    check_integer("chunk", chunk)
     return (slice(i, min(i + chunk, tokens)) for i in range(0, tokens, chunk))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fna_lab.ops.checks import check_float
+from fna_lab.ops.checks import check_float, check_integer
 from fna_lab.ops.draws import drawn_once
 
 
@@ -33,8 +33,7 @@ def sketch_points(points: Tensor, dims: int, *, normed: bool = False, groups: in
     Source: Johnson and Lindenstrauss 1984.
     """
     check_float("points", points, 3, "[b n c]")
-    if isinstance(dims, bool) or not isinstance(dims, int) or dims < 1:
-        raise ValueError(f"Expected dims to be an integer >= 1, got {dims!r}.")
+    check_integer("dims", dims)
     batch, tokens, channels = points.shape
     if type(groups) is not int or groups < 1 or channels % groups or dims % groups:
         raise ValueError(

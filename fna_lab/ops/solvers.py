@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fna_lab.ops.checks import check_integer
+
 
 def check_matrix(kernel: Tensor) -> None:
     """Raise unless `kernel` is a floating tensor of matrices."""
@@ -42,8 +44,7 @@ def newton_schulz(kernel: Tensor, iters: int = 6) -> Tensor:
     Source: Xiong et al. 2021 (Nystroemformer), equation 11, with the start taken per matrix.
     """
     check_square(kernel)
-    if not isinstance(iters, int) or iters < 0:
-        raise ValueError(f"Expected iters to be an integer >= 0, got {iters!r}.")
+    check_integer("iters", iters, least=0)
     eye = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
     # A part of a kernel may be all zero, where other landmarks take everything.
     most = kernel.sum(-2).amax(-1).clamp_min(torch.finfo(kernel.dtype).tiny)

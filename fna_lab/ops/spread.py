@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fna_lab.ops.attention import full_precision
-from fna_lab.ops.checks import check_bool, check_float, check_index
+from fna_lab.ops.checks import check_bool, check_float, check_index, check_integer
 from fna_lab.ops.kernels.switch import use_kernels
 from fna_lab.ops.sketch import sketch_points
 
@@ -134,8 +134,7 @@ def starting_points(
 ) -> Tensor:
     """The points to take first, long `[b g]` with g >= 1, once all arguments are checked."""
     batch, size, _ = points.shape
-    if isinstance(num, bool) or not isinstance(num, int) or not 1 <= num <= size:
-        raise ValueError(f"Expected num to be an integer from 1 to {size}, got {num!r}.")
+    check_integer("num", num, most=size)
     if allowed is not None:
         check_bool("allowed", allowed, (batch, size))
     if first is None or first.shape[1] == 0:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fna_lab.backbone.neurons import NeuronTap, find_register_neurons
 from fna_lab.mask.detector.base import Detector, Evidence
 from fna_lab.metric import agreement
+from fna_lab.settings import check_integer, check_number, is_whole
 from fna_lab.task.base import Task
 
 if TYPE_CHECKING:
@@ -79,15 +80,12 @@ class Agreement(Task):
             )
         depth = self.backbone.depth
         self.block = self.backbone.anatomy.detect if block is None else block
-        if not isinstance(self.block, int) or not 0 <= self.block < depth:
+        if not is_whole(self.block) or not 0 <= self.block < depth:
             raise ValueError(f"task.block={block!r}: expected a block from 0 to {depth - 1}.")
         for name, value in (("crop", crop), ("resolution", resolution)):
-            if not 0 < value < 1:
-                raise ValueError(f"task.{name}={value!r}: expected a number between 0 and 1.")
-        if not noise > 0:
-            raise ValueError(f"task.noise={noise!r}: expected a number > 0.")
-        if isinstance(calibration, bool) or not isinstance(calibration, int) or calibration < 1:
-            raise ValueError(f"task.calibration={calibration!r}: expected an integer >= 1.")
+            check_number(f"task.{name}", value, "a number between 0 and 1", above=0, below=1)
+        check_number("task.noise", noise, "a number > 0", above=0)
+        check_integer("task.calibration", calibration)
         if self.patched.mask.looks:
             raise ValueError(
                 f"mask={self.patched.mask.name}: task=agreement compares detectors on a model "

@@ -34,6 +34,7 @@ from fna_lab.metric.mass import (
 )
 from fna_lab.metric.pairs import EACH, drawn_patterns, drawn_tokens, massive_of, pair_facts
 from fna_lab.metric.topology import Topology
+from fna_lab.settings import check_integer, check_number
 from fna_lab.task.base import Task
 from fna_lab.task.closely import decay, growth
 
@@ -122,10 +123,8 @@ class Anatomy(Task):
                 "expected attn=fna, fna_paper or subset."
             )
         for name, value in (("pictures", pictures), ("rounds", rounds)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"task.{name}={value!r}: expected an integer >= 1.")
-        if not 0 < epsilon < 1:
-            raise ValueError(f"task.epsilon={epsilon!r}: expected a number between 0 and 1.")
+            check_integer(f"task.{name}", value)
+        check_number("task.epsilon", epsilon, "a number between 0 and 1", above=0, below=1)
         self.pictures = pictures
         self.rounds = rounds
         self.epsilon = epsilon

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fna_lab.finding.base import named_findings
 from fna_lab.finding.lab import Lab
+from fna_lab.settings import check_integer
 from fna_lab.task.base import Task, embed_classes
 
 
@@ -39,8 +40,7 @@ class Findings(Task):
         **common: Any,
     ) -> None:
         super().__init__(cost=cost, **common)
-        if not isinstance(rounds, int) or rounds < 2:
-            raise ValueError(f"task.rounds={rounds!r}: expected an integer >= 2.")
+        check_integer("task.rounds", rounds, least=2)
         attn, mask = self.patched.attn.name, self.patched.mask.name
         if (attn, mask) != ("exact", "none"):
             raise ValueError(

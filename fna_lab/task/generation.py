@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fna_lab.backbone.sd3 import SD3Backbone, Text
 from fna_lab.metric.generation import closeness, psnr, timed, with_interval
+from fna_lab.settings import check_integer, check_number, is_whole
 from fna_lab.task.base import Task
 
 
@@ -64,13 +65,9 @@ class Generation(Task):
                 f"task=generation with backbone={self.backbone.name}: expected one that makes "
                 "pictures, backbone=sd3_medium or sd3_random."
             )
-        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-            raise ValueError(f"task.num_steps={num_steps!r}: expected an integer >= 1.")
-        number = isinstance(guidance, int | float) and not isinstance(guidance, bool)
-        if not number or not 1 <= guidance < float("inf"):
-            raise ValueError(f"task.guidance={guidance!r}: expected a number >= 1.")
-        if isinstance(pictures, bool) or not isinstance(pictures, int) or pictures < 1:
-            raise ValueError(f"task.pictures={pictures!r}: expected an integer >= 1.")
+        check_integer("task.num_steps", num_steps)
+        check_number("task.guidance", guidance, "a number >= 1", least=1)
+        check_integer("task.pictures", pictures)
         self.steps = read_steps(steps, num_steps)
         self.num_steps = num_steps
         self.guidance = float(guidance)
@@ -199,7 +196,7 @@ def read_steps(steps: Sequence[int] | None, num_steps: int) -> range:
     if steps is None:
         return range(num_steps)
     good = isinstance(steps, Sequence) and not isinstance(steps, str) and len(steps) == 2
-    if not good or not all(isinstance(s, int) and not isinstance(s, bool) for s in steps):
+    if not good or not all(map(is_whole, steps)):
         raise ValueError(f"task.steps={steps}: expected [first, last], or null for all.")
     first, last = steps
     if not 0 <= first <= last < num_steps:

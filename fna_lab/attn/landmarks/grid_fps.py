@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fna_lab import ops
 from fna_lab.attn.landmarks.base import LandmarkSampler
-from fna_lab.attn.settings import check_integer, check_number
+from fna_lab.settings import check_integer, check_number
 
 
 class GridFarthestPointLandmarks(LandmarkSampler):

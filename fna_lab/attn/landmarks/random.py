@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fna_lab import ops
 from fna_lab.attn.landmarks.base import LandmarkSampler, highest
-from fna_lab.attn.settings import check_integer
+from fna_lab.settings import check_integer
 
 
 class RandomLandmarks(LandmarkSampler):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.settings import check_number
 from fna_lab.attn.solver.base import Solver
+from fna_lab.settings import check_number
 
 
 class LeastSquaresSolver(Solver):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.attn.settings import check_number
 from fna_lab.attn.solver.base import Solver
+from fna_lab.settings import check_number
 
 
 class RidgeSolver(Solver):
