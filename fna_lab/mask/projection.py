@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fna_lab import ops
 from fna_lab.mask.base import Mask
-from fna_lab.mask.detector.base import is_number
+from fna_lab.settings import check_number
 
 
 class ProjectionMask(Mask):
@@ -40,8 +40,7 @@ class ProjectionMask(Mask):
         if order not in ops.CORRECTIONS:
             known = " or ".join(ops.CORRECTIONS)
             raise ValueError(f"mask.order={order!r}: expected {known}.")
-        if not is_number(clamp):
-            raise ValueError(f"mask.clamp={clamp!r}: expected a number.")
+        check_number("mask.clamp", clamp, "a number")
         self.clamp = clamp
         self.order = order
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fna_lab import ops
 from fna_lab.mask.base import Mask
-from fna_lab.mask.detector.base import is_number
+from fna_lab.settings import check_number
 
 
 class RedistributeMask(Mask):
@@ -37,8 +37,7 @@ class RedistributeMask(Mask):
         super().__init__(**common)
         shares = {"keep": keep, "max_share": max_share, "min_patches": min_patches}
         for name, value in shares.items():
-            if not is_number(value) or not 0 <= value <= 1:
-                raise ValueError(f"mask.{name}={value!r}: expected a number from 0 to 1.")
+            check_number(f"mask.{name}", value, "a number from 0 to 1", least=0, most=1)
         self.shares = shares
 
     def reweigh(self, weights: Tensor, tokens: Tensor, *, num_prefix_tokens: int) -> Tensor:

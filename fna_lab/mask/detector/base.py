@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fna_lab import ops
+from fna_lab.settings import check_number
 
 
 @dataclass
@@ -145,17 +146,14 @@ def token_norms(evidence: Evidence) -> Tensor:
     return norms.masked_fill(~evidence.candidates(), -torch.inf)
 
 
-def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether a setting is a number, and no text, switch, list or null."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def check_positive(setting: str, value: object, *, zero: bool = False) -> None:
     """Raise unless a setting of a detector is a number > 0, or 0 where that is allowed.
 
     Raises:
         ValueError: naming the setting and its value.
     """
-    if not is_number(value) or not (value >= 0 if zero else value > 0):
-        expected = ">=" if zero else ">"
-        raise ValueError(f"mask.detector.{setting}={value!r}: expected a number {expected} 0.")
+    name = f"mask.detector.{setting}"
+    if zero:
+        check_number(name, value, "a number >= 0", least=0)
+    else:
+        check_number(name, value, "a number > 0", above=0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fna_lab import ops
 from fna_lab.hosts import given
 from fna_lab.mask.detector.base import Detector, Evidence, check_positive
+from fna_lab.settings import check_integer
 
 
 class SingularDefectDetector(Detector):
@@ -45,10 +46,8 @@ class SingularDefectDetector(Detector):
 
     def __init__(self, *, stds: float = 4.0, samples: int | None = None, seed: int = 0) -> None:
         check_positive("stds", stds)
-        if samples is not None and (
-            isinstance(samples, bool) or not isinstance(samples, int) or samples < 2
-        ):
-            raise ValueError(f"mask.detector.samples={samples!r}: expected an integer >= 2.")
+        check_integer("mask.detector.samples", samples, least=2, optional=True)
+        check_integer("mask.detector.seed", seed, least=0)
         self.stds = stds
         self.samples = samples
         self.seed = seed

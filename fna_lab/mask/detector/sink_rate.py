@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fna_lab import ops
-from fna_lab.mask.detector.base import Detector, Evidence, is_number
+from fna_lab.mask.detector.base import Detector, Evidence
+from fna_lab.settings import check_number
 
 
 class SinkRateDetector(Detector):
@@ -24,12 +25,9 @@ class SinkRateDetector(Detector):
     finds = "artifact"
 
     def __init__(self, *, epsilon: float = 0.3, share: float = 0.0) -> None:
-        if not is_number(epsilon) or not 0 < epsilon < 1:
-            raise ValueError(
-                f"mask.detector.epsilon={epsilon!r}: expected a number between 0 and 1."
-            )
-        if not is_number(share) or not 0 <= share < 1:
-            raise ValueError(f"mask.detector.share={share!r}: expected a number, 0 to below 1.")
+        between = {"above": 0, "below": 1}
+        check_number("mask.detector.epsilon", epsilon, "a number between 0 and 1", **between)
+        check_number("mask.detector.share", share, "a number, 0 to below 1", least=0, below=1)
         self.epsilon = epsilon
         self.share = share
 
