@@ -175,7 +175,7 @@ def _job(cfg: DictConfig, done: list[Path], failed: dict[str, Exception]) -> dic
             found = record.read(old)
         else:
             found = run(cfg, folder)
-            table.show(found, table.make_console(wide="timing" in found))
+            table.show(found, table.console_for([found]))
             log.info("results: %s", folder)
     except Exception as error:
         log.debug("", exc_info=True)  # the traceback, to run.log
@@ -194,5 +194,4 @@ def _print_sweep(done: list[Path]) -> None:
     from fna_lab.report import record, sweep, table
 
     records = [record.read(folder) for folder in done]
-    wide = any("timing" in found for found in records)
-    sweep.show_sweep(records, table.make_console(wide=wide))
+    sweep.show_sweep(records, table.console_for(records))

@@ -12,8 +12,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fna_lab import ops
-
 ATTENTION = ("attn", "attention")
 # How hosts call the factor of the attention branch: timm, open_clip, transformers, BEiT.
 SCALES = ("ls1.", "ls_1.", "layer_scale1.", "gamma_1")
@@ -75,9 +73,12 @@ def text_of(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def kept_of(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    read: Callable[[Tensor], Tensor | None] = ops.kept_tokens,
+    read: Callable[[Tensor], Tensor | None],
 ) -> Tensor | None:
-    """Tokens that are no padding, bool `[b n]`, by the mask that a block is handed; else None."""
+    """Tokens that are no padding, bool `[b n]`, by the mask that a block is handed; else None.
+
+    `read` tells them by a mask, as `ops.kept_tokens` does.
+    """
     parts = (part for part in (*args, *kwargs.values()) if isinstance(part, Tensor))
     masks = (read(part) for part in parts if part.ndim == 4)
     return next((kept for kept in masks if kept is not None), None)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral, Real
-from typing import TypeGuard
+from numbers import Real
 
+from fna_lab.ops.checks import is_whole
 
-def is_whole(value: object) -> TypeGuard[int]:
-    """Whether a value is an integer, numpy's included, and no truth value."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+__all__ = ["check_flag", "check_integer", "check_number", "is_whole"]
 
 
 def check_integer(

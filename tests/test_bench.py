@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from clocks import interrupt_second_case
 from folders import variants_in
 
 import fna_lab.attn
@@ -54,15 +54,7 @@ def test_attention_alone(
 def test_what_was_measured_before_an_interruption_stays(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock, calls = cost.latency, list[int]()
-
-    def interrupted(*args: Any, **settings: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return clock(*args, **settings)
-
-    monkeypatch.setattr(cost, "latency", interrupted)
+    interrupt_second_case(monkeypatch)
     with pytest.raises(SystemExit, match="130"):
         run(monkeypatch, tmp_path, "--tokens 50 101 --heads 2 --head-dim 8 --variants exact fna")
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]

@@ -21,8 +21,8 @@ KERNELS = {PACKAGE / "ops/kernels" / name for name in ("nystrom.py", "points.py"
 
 # Part of the package -> what it may import of the package beside itself.
 MAY = {
-    "settings": (),
     "ops": (),
+    "settings": ("ops.checks",),
     "hosts": ("ops",),
     "attn": ("settings", "ops", "hosts"),
     "mask": ("settings", "ops", "hosts"),

@@ -112,7 +112,8 @@ def test_top_activations_say_where() -> None:
         (lambda: ops.class_sums(torch.ones(1, 1, 2, 3), torch.ones(1, 3, 5).bool(),
                                 torch.ones(1, 3, 5).bool()), "to fit"),
         (lambda: ops.top_activations(torch.ones(1, 2, 3), 7), "num to be an integer from 1 to 6"),
-        (lambda: ops.principal_components(torch.ones(1, 2, 3), 3), "num to be an integer from 1 to 2"),
+        (lambda: ops.principal_components(torch.ones(1, 2, 3), 3),
+         "num to be an integer from 1 to 2"),
         (lambda: ops.per_head(torch.ones(4, 7), 2), "of 2 heads"),
     ],
 )  # fmt: skip

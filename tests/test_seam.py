@@ -259,6 +259,7 @@ def test_any_float_type_and_autocast(attn, dtype):
     _, model, x = build("timm vit")
     with torch.no_grad(), fna_lab.patch(model, attn, layers="1-3", **settings(attn)):
         with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.isfinite(model(x).float()).all()
             half = model.forward_features(x)
         whole = model.forward_features(x)
         assert (half.float() - whole).norm() < 0.1 * whole.norm()

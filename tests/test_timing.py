@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from clocks import interrupt_second_case
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
@@ -70,15 +71,7 @@ def test_every_variant_at_every_size(
 def test_what_was_measured_before_an_interruption_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, calls = cost.latency, list[int]()
-
-    def interrupted(*args: Any, **more: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return clock(*args, **more)
-
-    monkeypatch.setattr(cost, "latency", interrupted)
+    interrupt_second_case(monkeypatch)
     given = ["task.variants=[exact,fna]", "task.tokens=[50,101]"]
     with pytest.raises(KeyboardInterrupt):
         timed(tmp_path, *given)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fna_lab import ops
 
+Parts = tuple[Tensor | None, Tensor | None]  # keys that may be attended to, bias of the logits
+
 
 @dataclass(frozen=True)
 class _Read:
@@ -47,7 +49,7 @@ class HostMasks:
             self.last = _Read(mask, _version(mask), ops.kept_tokens(mask))
         return self.last.keys
 
-    def split(self, mask: Tensor | None, queries: int, name: str) -> tuple[Tensor | None, ...]:
+    def split(self, mask: Tensor | None, queries: int, name: str) -> Parts:
         """A mask as keys that may be attended to, bool `[b n]`, and a bias of the logits.
 
         Args:
@@ -66,7 +68,7 @@ class HostMasks:
             self.parts = _Read(mask, _version(mask), *self._parts(mask, queries, name))
         return self.parts.keys, self.parts.bias
 
-    def _parts(self, mask: Tensor, queries: int, name: str) -> tuple[Tensor | None, Tensor | None]:
+    def _parts(self, mask: Tensor, queries: int, name: str) -> Parts:
         keys = self.kept(mask)
         single = mask.dtype != torch.bool and mask.shape[1] == 1
         if keys is None and single and torch.compiler.is_compiling():

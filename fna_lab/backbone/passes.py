@@ -100,8 +100,8 @@ class Pass:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, extra: int
     ) -> None:
         """Note which tokens are no padding, by a block's arguments; `extra` are appended."""
-        read = ops.kept_tokens if self.masks is None else self.masks.kept
-        self.kept = ops.kept_before(kept_of(args, kwargs, read), x, extra)
+        read = self.masks or HostMasks()
+        self.kept = ops.kept_before(kept_of(args, kwargs, read.kept), x, extra)
 
     def known(self, name: str, blocks: str) -> Found:
         """What the search of a name found.

@@ -96,14 +96,13 @@ def attention_sums(
     found: list[Sums] = []
     for b in range(0, batch, together):
         pictures = slice(b, b + together)
-        keys = members[pictures]
+        keys, real = members[pictures], None if kept is None else kept[pictures]
         incoming, mass, pushed = 0.0, 0.0, 0.0
         first = None
         for start in range(0, n, rows):
             part = slice(start, start + rows)
             weights = attention_pattern(q, k, context, pictures=pictures, rows=part)
-            if kept is not None:  # padding may be kept from everything, and its rows are NaN then
-                weights = weights.masked_fill(~kept[pictures, None, part, None], 0)
+            weights = ops.without_padding_rows(weights, real, part)
             first = weights[:, :, 0] if first is None else first
             incoming = incoming + weights.sum(2)
             mass = mass + ops.class_sums(weights, keys[:, part], keys)
@@ -111,7 +110,7 @@ def attention_sums(
                 push = seen[pictures, :, part].to(weights) @ v[pictures].to(weights).mT
                 pushed = pushed + ops.class_sums(weights * push, keys[:, part], keys)
         assert first is not None and isinstance(mass, Tensor) and isinstance(incoming, Tensor)
-        count = n if kept is None else kept[pictures].sum(1)[:, None, None]
+        count = n if real is None else real.sum(1)[:, None, None]
         found.append(
             Sums(incoming / count, first, mass, pushed if isinstance(pushed, Tensor) else None)
         )

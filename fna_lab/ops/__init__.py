@@ -88,7 +88,15 @@ from fna_lab.ops.nystrom import (
     only_keys,
     subset_attention,
 )
-from fna_lab.ops.padding import FAR, kept_before, kept_tokens, medians, num_kept, patches_of
+from fna_lab.ops.padding import (
+    FAR,
+    kept_before,
+    kept_tokens,
+    medians,
+    num_kept,
+    patches_of,
+    without_padding_rows,
+)
 from fna_lab.ops.patterns import (
     PATTERNS,
     STAGES,
@@ -257,4 +265,5 @@ __all__ = [
     "uniform_numbers",
     "weight_facts",
     "zero_rows",
+    "without_padding_rows",
 ]

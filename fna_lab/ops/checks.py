@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from numbers import Integral
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -46,12 +47,15 @@ def check_same_device(**tensors: Tensor) -> None:
         raise ValueError(f"Expected all arguments on one device, got {devices}.")
 
 
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer, numpy's included, and no truth value."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_integer(name: str, value: object, *, least: int = 1, most: int | None = None) -> None:
     """Raise unless `value` is an integer within bounds, and no truth value."""
-    if isinstance(value, int | Integral) and not isinstance(value, bool):
-        number = int(value)
-        if least <= number and (most is None or number <= most):
-            return
+    if is_whole(value) and least <= value and (most is None or value <= most):
+        return
     bounds = f">= {least}" if most is None else f"from {least} to {most}"
     raise ValueError(f"Expected {name} to be an integer {bounds}, got {value!r}.")
 

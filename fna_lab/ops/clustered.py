@@ -12,7 +12,6 @@ from torch import Tensor
 from fna_lab.ops.attention import as_bias, attention_logits, attention_with_lse, full_precision
 from fna_lab.ops.checks import check_bool, check_float, check_index, check_qkv, default_scale
 from fna_lab.ops.nystrom import (
-    batch_rows,
     check_landmarks,
     each_head,
     gather_tokens,
@@ -22,7 +21,7 @@ from fna_lab.ops.nystrom import (
     put_tokens,
     repeated_landmarks,
 )
-from fna_lab.ops.spread import gather_rows
+from fna_lab.ops.spread import batch_rows, gather_rows, less_products
 
 
 def nearest_landmarks(
@@ -64,8 +63,7 @@ def nearest_landmarks(
     place = torch.arange(landmarks.shape[1], device=landmarks.device).expand_as(landmarks)
     if not distinct:
         square.masked_fill_(repeated_landmarks(landmarks), torch.inf)
-    with full_precision(points):  # differences are left of it
-        members = torch.baddbmm(square[:, None], points, marks.mT, alpha=-2).argmin(2)
+    members = less_products(square[:, None], points, marks).argmin(2)
     if distinct:
         members.scatter_(1, landmarks, place)
     else:

@@ -12,6 +12,7 @@ from fna_lab.ops.attention import attention_logits, full_precision
 from fna_lab.ops.checks import check_bool, check_choice, check_index, check_qkv, default_scale
 from fna_lab.ops.kernels.switch import chain_products
 from fna_lab.ops.solvers import newton_schulz, ridge_solve
+from fna_lab.ops.spread import batch_rows
 
 SOLVERS = ("newton_schulz", "ridge", "pinv")
 
@@ -262,13 +263,6 @@ def packed_rows(x: Tensor) -> Tensor | None:
     if not packed or x.requires_grad or torch.compiler.is_compiling() or x.numel() == 0:
         return None
     return x.as_strided((batch * tokens, width), (stride, 1))
-
-
-def batch_rows(index: Tensor, tokens: int) -> Tensor:
-    """Rows of all pictures side by side for tokens long `[b m]` of pictures of so many tokens."""
-    if len(index) > 1:
-        index = index + torch.arange(0, len(index) * tokens, tokens, device=index.device)[:, None]
-    return index
 
 
 def each_head(found: Tensor) -> Tensor:

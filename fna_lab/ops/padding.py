@@ -101,6 +101,14 @@ def patches_of(kept: Tensor, values: Tensor) -> Tensor:
     return mine
 
 
+def without_padding_rows(weights: Tensor, kept: Tensor | None, rows: slice) -> Tensor:
+    """Attention `[b h r n]` of some rows, 0 in those of padding, which are NaN if it sees nothing.
+
+    `kept` is bool `[b n]`, the tokens that are no padding; None = all.
+    """
+    return weights if kept is None else weights.masked_fill(~kept[:, None, rows, None], 0)
+
+
 def num_kept(kept: Tensor | None, num: int) -> Tensor | int:
     """Tokens of each picture that are no padding: bool `[b n]` -> long `[b 1]`; None = `num`."""
     return num if kept is None else kept.sum(1, keepdim=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fna_lab.ops.attention import attention_logits
 from fna_lab.ops.checks import check_bool, check_choice, check_float, check_integer, default_scale
+from fna_lab.ops.padding import num_kept, without_padding_rows
 from fna_lab.ops.patterns import STAGES
 
 # The published thresholds: nine uniform shares, seven standard deviations.
@@ -90,12 +91,12 @@ def incoming_by_head(
     Source: Gu et al. 2024, "When Attention Sink Emerges in Language Models", without the causal
     factor.
     """
-    asks = _asks(q, kept)
+    _check_kept(q, kept)
     total = q.new_zeros((), dtype=torch.promote_types(q.dtype, torch.float32))
     for rows in _chunks(q.shape[2], chunk):
         weights = attention_rows(q, k, rows, scale=scale, bias=bias, found=found, stage=stage)
-        total = total + _of(weights, asks, rows).sum(2)
-    return total / q.shape[2] if asks is None else total / asks.sum(1)[:, None, None]
+        total = total + without_padding_rows(weights, kept, rows).sum(2)
+    return total / (q.shape[2] if kept is None else kept.sum(1)[:, None, None])
 
 
 def incoming_share(
@@ -131,17 +132,18 @@ def incoming_share(
     Source: the incoming-attention rules of Fast Nystroem Attention's companion study.
     """
     tokens = q.shape[2]
-    asks = _asks(q, kept)
+    _check_kept(q, kept)
     place = torch.arange(tokens, device=q.device)
     total = q.new_zeros((), dtype=torch.promote_types(q.dtype, torch.float32))
     for rows in _chunks(tokens, chunk):
         weights = attention_rows(q, k, rows, scale=scale, bias=bias, found=found, stage=stage)
-        weights = weights.mean(1).masked_fill(place < prefix, 0.0)
+        weights = without_padding_rows(weights, kept, rows).mean(1)
+        weights = weights.masked_fill(place < prefix, 0.0)
         tiny = torch.finfo(weights.dtype).tiny  # a row may lose everything after softmax
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=tiny)
         weights = weights.masked_fill(place[rows, None] == place, 0.0)
-        total = total + _of(weights[:, None], asks, rows).sum(2)[:, 0]
-    return total / tokens if asks is None else total / asks.sum(1)[:, None]
+        total = total + weights.sum(1)
+    return total / num_kept(kept, tokens)
 
 
 def incoming_sinks(
@@ -244,16 +246,9 @@ def standard_scores(values: Tensor, allowed: Tensor) -> Tensor:
     return torch.where(deviation > 0, off / deviation, torch.zeros_like(off))
 
 
-def _asks(q: Tensor, kept: Tensor | None) -> Tensor | None:
-    """Queries that are no padding, bool `[b n]`, once it is checked; None = all are none."""
+def _check_kept(q: Tensor, kept: Tensor | None) -> None:
     if kept is not None:
         check_bool("kept", kept, (q.shape[0], q.shape[2]))
-    return kept
-
-
-def _of(weights: Tensor, asks: Tensor | None, rows: slice) -> Tensor:
-    """Attention `[b h r n]` of the queries that ask, 0 of others, whose rows may be NaN."""
-    return weights if asks is None else weights.masked_fill(~asks[:, None, rows, None], 0)
 
 
 def _chunks(tokens: int, chunk: int) -> Iterator[slice]:

@@ -267,7 +267,7 @@ def _scattered(size: int, num: int, device: torch.device) -> Tensor:
 def _apart(points: Tensor, square: Tensor, index: Tensor) -> Tensor:
     """Squared distances between points `[b k]`, `TAKEN` from each to itself: `[b k k]`."""
     chosen, own = gather_rows(points, index), square.gather(1, index)
-    apart = _less(own[:, None], chosen, chosen)
+    apart = less_products(own[:, None], chosen, chosen)
     apart.add_(own[..., None]).clamp_(min=0).diagonal(dim1=1, dim2=2).fill_(TAKEN)
     return apart
 
@@ -315,7 +315,7 @@ def _take(points: Tensor, square: Tensor, distance: Tensor, nearer: Tensor, coun
     if padding >= length:  # a run of padding alone
         index.clamp_(max=size - 1)
     chosen, own = gather_rows(points, index), square.gather(1, index)
-    apart = _less(own[:, None], chosen, chosen)  # without what each row shares
+    apart = less_products(own[:, None], chosen, chosen)  # without what each row shares
     ahead = apart.masked_fill_(nearer, torch.inf).amin(2).add_(own).clamp_(min=0)
     place = torch.minimum(far, ahead).topk(count, dim=1).indices
     return index.gather(1, place)
@@ -341,13 +341,13 @@ def _nearest(points: Tensor, square: Tensor, taken: Tensor, out: Tensor | None =
     own = own if out is None else own.masked_fill(out, torch.inf)
     if taken.shape[1] < 16:
         # With tokens side by side in the product, the smallest of each is found many at a time.
-        nearest = _less(own[..., None], rows, points).amin(1)
+        nearest = less_products(own[..., None], rows, points).amin(1)
     else:  # and this product is the faster one
-        nearest = _less(own[:, None], points, rows).amin(2)
+        nearest = less_products(own[:, None], points, rows).amin(2)
     return nearest.add_(square).clamp_(min=0).scatter_(1, taken, TAKEN)
 
 
-def _less(square: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def less_products(square: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """square - 2 x y', in full precision whatever autocast says: differences are left of it."""
     with full_precision(x):
         return torch.baddbmm(square, x, y.mT, alpha=-2)
@@ -355,8 +355,12 @@ def _less(square: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 def gather_rows(points: Tensor, index: Tensor) -> Tensor:
     """Rows of `[b n c]` by long `[b m]`: `[b m c]`."""
-    batch, size, channels = points.shape
-    if batch > 1:
-        index = index + torch.arange(0, batch * size, size, device=index.device)[:, None]
     # Whole rows at a time, which `gather` does not know.
-    return F.embedding(index, points.reshape(batch * size, channels))
+    return F.embedding(batch_rows(index, points.shape[1]), points.flatten(0, 1))
+
+
+def batch_rows(index: Tensor, tokens: int) -> Tensor:
+    """Rows of all pictures side by side for tokens long `[b m]` of pictures of so many tokens."""
+    if len(index) > 1:
+        index = index + torch.arange(0, len(index) * tokens, tokens, device=index.device)[:, None]
+    return index

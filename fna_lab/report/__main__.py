@@ -31,7 +31,7 @@ def main() -> None:
     records = [record.read(folder) for folder in folders]
     if not records:
         sys.exit(f"error: {args.folder} holds no finished run (no {record.METRICS} below it).")
-    console = table.make_console(wide=any("timing" in found for found in records))
+    console = table.console_for(records)
     if len(records) == 1:
         table.show(records[0], console)
     else:

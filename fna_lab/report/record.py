@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,8 @@ def write(
     """Write samples and arrays, then the record, whose presence says that the run is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     if arrays:
-        packed = folder / f"{ARRAYS}.part"
-        with packed.open("wb") as file:
+        with _whole(folder / ARRAYS) as part, part.open("wb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        os.replace(packed, folder / ARRAYS)
     _write_rows(rows, folder / SAMPLES)
     (folder / UNFINISHED).unlink(missing_ok=True)
     write_json(record, folder / METRICS)
@@ -98,9 +96,8 @@ def write_json(facts: Mapping[str, Any], path: Path) -> None:
     Raises:
         ValueError: a number is not finite.
     """
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n")
-    os.replace(part, path)
+    with _whole(path) as part:
+        part.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n")
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -159,8 +156,16 @@ def find(folder: Path, config: dict[str, Any]) -> Path | None:
 
 def _write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
     names = dict.fromkeys(name for row in rows for name in row)  # pyarrow takes the first row's
+    table = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
+    with _whole(path) as part:
+        pq.write_table(table, part)
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that is to be there whole or not at all."""
     part = path.with_name(f"{path.name}.part")
-    pq.write_table(pa.Table.from_pylist([{n: row.get(n) for n in names} for row in rows]), part)
+    yield part
     os.replace(part, path)
 
 

@@ -57,6 +57,11 @@ def make_console(*, wide: bool = False) -> Console:
     return console if fits else Console(width=WIDTH)
 
 
+def console_for(records: Sequence[Mapping[str, Any]]) -> Console:
+    """Standard output, as wide as the tables of these runs need it."""
+    return make_console(wide=any("timing" in record for record in records))
+
+
 def show(record: Mapping[str, Any], console: Console) -> None:
     """Print what was run, its metrics, and its cost against exact attention."""
     if "timing" in record:
