@@ -38,7 +38,8 @@ N, HEADS, DIM = 1370, 6, 64
         ("prune", {}),
     ],
 )
-def test_flops_of_an_attention_are_those_that_torch_counts(name, settings):
+def test_flops_of_an_attention_are_those_that_torch_counts(monkeypatch, name, settings):
+    monkeypatch.setenv("FNA_LAB_CPP", "0")
     q, k, v = torch.randn(1, N, 3, HEADS, DIM).permute(2, 0, 3, 1, 4)
     x = torch.randn(1, N, HEADS * DIM)
     context = Context(

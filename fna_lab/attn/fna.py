@@ -170,13 +170,9 @@ class FastNystromAttention(LandmarkAttention):
         if points is not None:
             with context.timed("selection"):
                 shared[members] = self._members(points, landmarks, keys, distinct=distinct)
-            shared.pop(runs, None)
-        found: dict[str, Any] = {"members": shared[members]}
-        if self.per_head or self.guard is not None or landmarks.device.type != "cpu":
-            return found  # nobody asks for runs
-        if runs not in shared:
             shared[runs] = ops.cluster_runs(shared[members], landmarks.shape[1])
-        return found | {"runs": shared[runs]}
+        found: dict[str, Any] = {"members": shared[members]}
+        return found if self.guard else found | {"runs": shared[runs]}  # a guard takes some heads
 
     def _exact_rows(self, context: Context) -> int:
         """How many of the first landmarks get their exact outputs."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fna_lab.ops.attention import as_bias, attention_logits, attention_with_lse, full_precision
 from fna_lab.ops.checks import check_bool, check_float, check_index, check_qkv, default_scale
+from fna_lab.ops.kernels.switch import on_cpu
 from fna_lab.ops.nystrom import (
     check_landmarks,
     each_head,
@@ -63,7 +64,12 @@ def nearest_landmarks(
     place = torch.arange(landmarks.shape[1], device=landmarks.device).expand_as(landmarks)
     if not distinct:
         square.masked_fill_(repeated_landmarks(landmarks), torch.inf)
-    members = less_products(square[:, None], points, marks).argmin(2)
+    if on_cpu(points.shape[1], points):
+        from fna_lab.ops.kernels import compiled
+
+        members = compiled.nearest(points, marks, square)
+    else:
+        members = less_products(square[:, None], points, marks).argmin(2)
     if distinct:
         members.scatter_(1, landmarks, place)
     else:
@@ -71,7 +77,24 @@ def nearest_landmarks(
     return members if allowed is None else members.masked_fill(~allowed, -1)
 
 
-class ClusterRuns(NamedTuple):
+class ClusterRuns:
+    """Tokens sorted by their clusters, once somebody asks; see `cluster_runs`."""
+
+    def __init__(self, members: Tensor, num: int) -> None:
+        self.members, self.num = members, num
+        self._sorted: SortedTokens | None = None
+
+    def sorted(self) -> SortedTokens:
+        """Tokens in their runs."""
+        if self._sorted is None:
+            members, order = self.members.sort(dim=1, stable=True)
+            names = torch.arange(-1, self.num + 1, device=members.device).expand(len(members), -1)
+            begin = torch.searchsorted(members, names.contiguous())
+            self._sorted = SortedTokens(order, begin[:, :-1], begin[:, 1:].diff(dim=1).float())
+        return self._sorted
+
+
+class SortedTokens(NamedTuple):
     """Tokens sorted by their clusters.
 
     Attributes:
@@ -93,10 +116,7 @@ def cluster_runs(members: Tensor, num: int) -> ClusterRuns:
         members: the cluster of each token, long `[b n]`, 0 to num - 1; -1 = none.
         num: number of clusters m.
     """
-    members, order = members.sort(dim=1, stable=True)
-    names = torch.arange(-1, num + 1, device=members.device).expand(len(members), -1)
-    begin = torch.searchsorted(members, names.contiguous())
-    return ClusterRuns(order, begin[:, :-1], begin[:, 1:].diff(dim=1).float())
+    return ClusterRuns(members, num)
 
 
 def cluster_means(
@@ -117,9 +137,13 @@ def cluster_means(
     if members.ndim == 3:  # heads are like pictures of one head
         means, sizes = cluster_means(x.flatten(0, 1)[:, None], members.flatten(0, 1), num)
         return means.view(*x.shape[:2], num, x.shape[3]), sizes.view(*x.shape[:2], num)
-    batch, heads, _, dim = x.shape
+    batch, heads, tokens, dim = x.shape
+    if on_cpu(tokens, x):
+        from fna_lab.ops.kernels import compiled
+
+        return compiled.means(x, members, num)
     if x.device.type == "cpu":
-        means, sizes = _bagged_means(x, runs or cluster_runs(members, num))
+        means, sizes = _bagged_means(x, (runs or cluster_runs(members, num)).sorted())
     else:
         means, sizes = _product_means(x, members, num)
     means = means.to(x.dtype).reshape(batch, num, heads, dim).transpose(1, 2)
@@ -135,7 +159,7 @@ def _product_means(x: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor
     return (weights / sizes.clamp(min=1)[..., None]) @ rows, sizes
 
 
-def _bagged_means(x: Tensor, runs: ClusterRuns) -> tuple[Tensor, Tensor]:
+def _bagged_means(x: Tensor, runs: SortedTokens) -> tuple[Tensor, Tensor]:
     """Means `[b m h*d]` of `[b h n d]`, and sizes `[b m]`: sorted, then added up in runs."""
     batch, _, tokens, _ = x.shape
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -231,6 +255,14 @@ def clustered_attention(
         raise ValueError("Expected no bias with removed tokens.")
     if removed is None and (own or sunk):
         raise ValueError(f"Expected removed tokens with own={own} and sunk={sunk}, got None.")
+    scale = default_scale(q) if scale is None else scale
+    if bias is None and members.ndim == tokens.ndim == 2 and on_cpu(k.shape[2], q, k, v):
+        from fna_lab.ops.kernels import compiled
+
+        return compiled.clustered_attention(
+            q, k, v, landmarks, members, rows, solver, scale=scale, keys=keys,
+            exact_rows=exact_rows, removed=removed, own=own, sunk=sunk,
+        )  # fmt: skip
     means, sizes = cluster_means(k, members, landmarks.shape[-1], runs=runs)
     sizes = each_head(sizes)
     distinct = keys is None if distinct is None else distinct
@@ -248,7 +280,6 @@ def clustered_attention(
         corner = gather_tokens(columns, tokens)  # [b h r m]
     if keys is not None:
         seen = only_keys(keys, seen)
-    scale = default_scale(q) if scale is None else scale
     prior = gather_tokens(v, landmarks)
     apart = _Apart(k, v, removed) if removed is not None and (own or sunk) else None
     if apart and sunk:

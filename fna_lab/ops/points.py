@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fna_lab.ops.checks import check_bool, check_float, check_index
-from fna_lab.ops.kernels.switch import use_kernels
+from fna_lab.ops.kernels.switch import on_cpu, use_kernels
 from fna_lab.ops.spread import BARRED, TAKEN, gather_rows, reduced_points, starting_points
 
 AT_A_TIME = 2**20  # differences in one go on a CPU: more fall out of its caches
@@ -63,6 +63,10 @@ def farthest_points(
         from fna_lab.ops.kernels.points import farthest_points as on_chip
 
         return on_chip(points, num, first, allowed, None, in_place=False)
+    if on_cpu(points.shape[1], points):
+        from fna_lab.ops.kernels import compiled
+
+        return compiled.farthest_points(points, num, first, allowed)
     return _sample(_Distance(points), num, first, allowed)
 
 

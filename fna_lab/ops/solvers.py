@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fna_lab.ops.checks import check_integer
+from fna_lab.ops.kernels.switch import on_cpu
 
 
 def check_matrix(kernel: Tensor) -> None:
@@ -77,6 +78,10 @@ def ridge_solve(kernel: Tensor, values: Tensor, ridge: float = 1e-3) -> Tensor:
     dtype = kernel.dtype
     if ridge < 1e-5 and dtype == torch.float32:  # beside A'A its rounding would be as large
         kernel, values = kernel.double(), values.double()
+    if on_cpu(kernel.shape[-2] * kernel.shape[-1], kernel, values):
+        from fna_lab.ops.kernels import compiled
+
+        return compiled.ridge_solve(kernel, values, ridge)
     wide = kernel.shape[-2] < kernel.shape[-1]  # the smaller of two Gram matrices that do
     gram = kernel @ kernel.mT if wide else kernel.mT @ kernel
     gram.diagonal(dim1=-2, dim2=-1).add_(ridge)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fna_lab.ops.attention import full_precision
 from fna_lab.ops.checks import check_bool, check_float, check_index, check_integer
-from fna_lab.ops.kernels.switch import use_kernels
+from fna_lab.ops.kernels.switch import on_cpu, use_kernels
 from fna_lab.ops.sketch import sketch_points
 
 # What stands in a list of distances for points that were taken, and that must not be.
@@ -93,6 +93,16 @@ def spread_points(
     spare = min(repeats + gone, given, num)
     if num == given and not spare:
         return first
+    barred = 0 if allowed is None else size if barred is None else barred
+    runs = min(candidates, size)
+    length = -(-size // runs)
+    # Enough runs hold a free point, whatever was taken before.
+    counts = _counts(num - given + repeats, spare - repeats, block, runs)
+    plenty = size - num - spare - barred >= max(counts) * length
+    if not thin and on_cpu(size, points):
+        from fna_lab.ops.kernels import compiled
+
+        return compiled.spread_points(points, num, first, allowed, counts, runs, plenty)
     lost = out = None
     if gone and allowed is not None:
         lost = out = ~allowed.gather(1, first)
@@ -100,22 +110,16 @@ def spread_points(
         again = (first[:, :, None] == first[:, None]).tril(-1).any(2)
         lost = again if out is None else again | out
     square = torch.linalg.vector_norm(points, dim=-1).square_()
-    barred = 0 if allowed is None else size if barred is None else barred
     if thin:
         sure, spare = num - given + repeats, spare - repeats
         picks = _thinned(
             points, square, first, out, allowed, barred, sure, spare, block, candidates
         )
         return _in_place(first, picks, lost, num)
-    runs = min(candidates, size)
-    length = -(-size // runs)
     # The squared distance to the nearest point taken.
     distance = _nearest(points, square, first, out)
     if allowed is not None:
         distance.masked_fill_(~allowed, BARRED)
-    # Enough runs hold a free point, whatever was taken before.
-    counts = _counts(num - given + repeats, spare - repeats, block, runs)
-    plenty = size - num - spare - barred >= max(counts) * length
     # Candidates come farthest first: which of them do not lie farther out than which.
     nearer = torch.ones((runs, runs), dtype=torch.bool, device=points.device).triu_()
     picks = [first]

@@ -1,1 +1,4 @@
-"""Triton kernels for CUDA. No part of `fna_lab.ops` needs them; `switch` says when they serve."""
+"""Kernels that no part of `fna_lab.ops` needs: in Triton for CUDA, in C++ for processors.
+
+`switch` says when they serve.
+"""

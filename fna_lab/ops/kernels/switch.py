@@ -1,24 +1,31 @@
-"""When Triton kernels stand in for the torch operations, and how to switch them off.
+"""When kernels stand in for the torch operations, and how to switch them off.
 
-They are used where all of this holds; everything else takes the torch path, which is always there:
+The torch path is always there, and takes everything else. Kernels are used where no gradient is
+asked for, and a mask is alike for all queries: which keys may be attended to, or a bias of each
+key, as the sizes of clusters are (`chain_products`). The environment variables are read at every
+call; a graph of `torch.compile` keeps the path that it was traced with.
+
+Triton (`use_kernels`), unless `FNA_LAB_TRITON=0`:
 
 - the tensors lie on an NVIDIA GPU of compute capability 8.0 (Ampere) or later, or on the CPU with
   Triton's interpreter on (`TRITON_INTERPRET=1`, for tests: it is slow);
-- Triton can be imported (PyTorch for CUDA brings it along on Linux);
-- no gradient is asked for;
-- a mask is alike for all queries: which keys may be attended to, or a bias of each key, as the
-  sizes of clusters are (`chain_products`);
-- the environment variable `FNA_LAB_TRITON` is not `0`. It is read at every call (a graph of
-  `torch.compile` keeps the path that it was traced with).
+- Triton can be imported (PyTorch for CUDA brings it along on Linux).
 
 Equality with the torch path is tested under the interpreter, and that the kernels compile for
 Ampere and Hopper. Their speed on a GPU has not been measured.
+
+C++ (`on_cpu`), unless `FNA_LAB_CPP=0`:
+
+- the tensors are float32 on an x86 processor with AVX2 or AVX-512, under Linux, without autocast;
+- pictures have at least `LEAST_SIZE` tokens: for fewer nobody has to wait for a compiler;
+- g++ is installed, or what `CXX` names; see `compiled`.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -29,6 +36,7 @@ from torch import Tensor
 INSTALLED = importlib.util.find_spec("triton") is not None and torch.version.hip is None
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_CHANNELS = 128
+LEAST_SIZE = 512
 
 
 def use_kernels(*tensors: Tensor) -> bool:
@@ -47,6 +55,34 @@ def use_kernels(*tensors: Tensor) -> bool:
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def on_cpu(size: int, *tensors: Tensor) -> bool:
+    """Whether these tensors go to a compiled kernel of the processor; see the head of this file.
+
+    Args:
+        size: tokens of a picture, or numbers of a matrix.
+        tensors: what the operation reads.
+    """
+    if size < LEAST_SIZE or os.environ.get("FNA_LAB_CPP") == "0":
+        return False
+    if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in tensors):
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    # What is exported has to run elsewhere.
+    exported = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    exported = exported or getattr(torch.compiler, "is_exporting", bool)()
+    return not exported and not torch.is_autocast_enabled("cpu") and _is_compiled()
+
+
+@torch.compiler.assume_constant_result  # no graph can run a compiler
+def _is_compiled() -> bool:
+    if sys.platform != "linux":
+        return False
+    from fna_lab.ops.kernels import compiled
+
+    return compiled.available()
+
+
 def chain_products(
     q: Tensor,
     k: Tensor,
@@ -59,10 +95,10 @@ def chain_products(
 ) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """What takes softmax(s Qp K') V and softmax(s Q Kp') V' of the Nystroem chain.
 
-    The kernels take head dims up to 128, float16, bfloat16 and float32 of one kind, and masks that
-    are alike for all queries: which keys are left out, or a bias of each key, of any of these
-    kinds. With a mask that differs from query to query torch does it, and under autocast with
-    float32, which it then casts.
+    Kernels take masks that are alike for all queries: which keys are left out, or a bias of each
+    key; those in C++ float32 alone, those in Triton float16, bfloat16 and float32 of one kind, a
+    bias of any of them, and head dims up to 128. With a mask that differs from query to query
+    torch does it, and under autocast with float32, which it then casts.
 
     Args:
         q: queries `[b h n d]`.
@@ -80,10 +116,15 @@ def chain_products(
     plain = F.scaled_dot_product_attention, F.scaled_dot_product_attention
     if q.dtype not in DTYPES or any(x.dtype != q.dtype for x in (k, v, q_marks, k_marks)):
         return plain
-    if max(q.shape[3], v.shape[3]) > MOST_CHANNELS:
-        return plain
     masks = [mask for mask in (rows, columns) if mask is not None]
     if not all(_is_of_keys(mask) for mask in masks):
+        return plain
+    biases = [mask for mask in masks if mask.dtype != torch.bool]
+    if on_cpu(k.shape[2], q, k, v, q_marks, k_marks, *biases):
+        from fna_lab.ops.kernels import compiled
+
+        return compiled.attend_few, compiled.attend_to_few
+    if max(q.shape[3], v.shape[3]) > MOST_CHANNELS:
         return plain
     if not use_kernels(q, k, v, q_marks, k_marks, *masks):
         return plain

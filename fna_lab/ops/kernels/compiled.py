@@ -1,0 +1,247 @@
+"""Kernels for processors in C++ (`cpu/`), built once on a machine and kept in the user's cache.
+
+They serve where `switch.on_cpu` says. The first call that they could serve builds them with g++,
+or with what the environment variable `CXX` names, in some twenty seconds, into `fna_lab` beneath
+`XDG_CACHE_HOME` or `~/.cache`. Where that fails, the log says why and torch's operators serve.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).with_name("cpu")
+# By what torch uses (or is told to, ATEN_CPU_CAPABILITY): nodes of a cluster may share a cache.
+TARGETS = {
+    "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"),
+    "AVX2": ("-mavx2", "-mfma"),
+}
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the kernels are there: builds and loads them when first asked."""
+    target = TARGETS.get(torch.backends.cpu.get_cpu_capability())
+    if target is None:
+        return False
+    try:
+        torch.ops.load_library(_library(target))
+    except (OSError, subprocess.SubprocessError) as error:
+        why = (getattr(error, "stderr", None) or str(error)).strip()
+        log.warning(
+            "No compiled kernels, torch's operators serve (FNA_LAB_CPP=0 asks for that): %s",
+            why.splitlines()[0] if why else repr(error),
+        )
+        return False
+    _tell_shapes()
+    return True
+
+
+def _library(target: tuple[str, ...]) -> Path:
+    """The built library for a kind of processor."""
+    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    if compiler is None:
+        raise FileNotFoundError(f"no compiler {os.environ.get('CXX') or 'g++'!r} is installed")
+    home = Path(torch.__file__).parent
+    compile_ = [compiler, "-std=c++20", "-O3", "-fPIC", "-fopenmp", *target, "-c", "kernels.cpp"]
+    compile_ += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    for folder in ("include", "include/torch/csrc/api/include"):
+        compile_ += ["-isystem", str(home / folder)]
+    # Without -fopenmp here: a second OpenMP beside torch's would bring threads of its own.
+    link = ["-shared", f"-L{home / 'lib'}", "-lc10", "-ltorch_cpu"]
+    made_of = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
+    made_of += [repr((compile_, link, torch.__version__)).encode()]
+    name = hashlib.sha256(b"".join(made_of)).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fna_lab"
+    library = cache / f"kernels-{name}.so"
+    if library.exists():
+        return library
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / "lock", "w") as lock, tempfile.TemporaryDirectory(dir=cache) as room:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # jobs that start side by side build them once
+        if not library.exists():
+            log.info("Building kernels for this processor, once: some twenty seconds.")
+            made, linked = f"{room}/kernels.o", f"{room}/kernels.so"
+            for step in ([*compile_, "-o", made], [compiler, made, "-o", linked, *link]):
+                subprocess.run(step, cwd=SOURCES, check=True, capture_output=True, text=True)
+            os.replace(linked, library)
+    return library
+
+
+def _tell_shapes() -> None:
+    """What `torch.compile` has to know of the kernels."""
+    fake = functools.partial(torch.library.register_fake, allow_override=True)
+
+    @fake("fna_lab_cpu::attend_few")
+    @fake("fna_lab_cpu::attend_to_few")
+    def _(q, k, v, mask, scale):  # noqa: ARG001
+        return _output(q, v)
+
+    @fake("fna_lab_cpu::before_solve")
+    def _(q, k, v, landmarks, members, rows, *more):  # noqa: ARG001
+        shape, num, count = q.shape[:2], landmarks.shape[1], rows.shape[1]
+        sizes = [(num, q.shape[3]), (count, num), (count, v.shape[3]), (num, v.shape[3])]
+        means, kernel, left, prior = (q.new_empty((*shape, *size)) for size in sizes)
+        return means, q.new_empty((shape[0], num)), kernel, left, prior, torch.empty_like(left)
+
+    @fake("fna_lab_cpu::after_solve")
+    def _(q, means, values, *more):  # noqa: ARG001
+        return _output(q, values)
+
+    @fake("fna_lab_cpu::ridge_solve")
+    def _(kernel, values, ridge):  # noqa: ARG001
+        return values.new_empty((kernel.shape[0], kernel.shape[2], values.shape[2]))
+
+    @fake("fna_lab_cpu::means")
+    def _(x, members, num):  # noqa: ARG001
+        batch, heads, _, dim = x.shape
+        return x.new_empty((batch, heads, num, dim)), x.new_empty((batch, num))
+
+    @fake("fna_lab_cpu::nearest")
+    def _(points, marks, square):  # noqa: ARG001
+        return points.new_empty(points.shape[:2], dtype=torch.long)
+
+    @fake("fna_lab_cpu::farthest_points")
+    @fake("fna_lab_cpu::spread_points")
+    def _(points, num, first, *more):  # noqa: ARG001
+        return first.new_empty((first.shape[0], num))
+
+
+def _output(q: Tensor, v: Tensor) -> Tensor:
+    batch, heads, size, _ = q.shape
+    return q.new_empty((batch, size, heads, v.shape[3])).transpose(1, 2)
+
+
+def attend_few(
+    q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, scale: float
+) -> Tensor:
+    """Attention of few queries to many keys, softmax(scale q k') v.
+
+    Args:
+        q: queries `[b h m d]`.
+        k: keys `[b h n d]`.
+        v: values `[b h n e]`.
+        attn_mask: of each key, `[b h 1 n]`, or 1 in place of b and of h: bool, True = may be
+            attended to, or a float32 bias. None = all may. Rows without a key get zeros.
+        scale: factor of the logits.
+
+    Returns:
+        `[b h m e]`, a view of `[b m h e]`.
+    """
+    return torch.ops.fna_lab_cpu.attend_few(q, k, v, _keys(attn_mask, k), scale)
+
+
+def attend_to_few(
+    q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, scale: float
+) -> Tensor:
+    """Attention of many queries to few keys, softmax(scale q k') v; see `attend_few`."""
+    return torch.ops.fna_lab_cpu.attend_to_few(q, k, v, _keys(attn_mask, k), scale)
+
+
+def _keys(attn_mask: Tensor | None, k: Tensor) -> Tensor | None:
+    return None if attn_mask is None else attn_mask[:, :, 0].expand(k.shape[:3])
+
+
+def clustered_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    landmarks: Tensor,
+    members: Tensor,
+    rows: Tensor | None,
+    solver: Callable[[Tensor, Tensor], Tensor],
+    *,
+    scale: float,
+    keys: Tensor | None,
+    exact_rows: int,
+    removed: tuple[Tensor, Tensor] | None,
+    own: bool,
+    sunk: bool,
+) -> Tensor:
+    """`fna_lab.ops.clustered_attention`, which checks arguments, for landmarks `[b m]`."""
+    kernels = torch.ops.fna_lab_cpu
+    tokens, members = (landmarks if rows is None else rows).contiguous(), members.contiguous()
+    apart = None if removed is None else tuple(found.contiguous() for found in removed)
+    none = None, None
+    means, sizes, kernel, left, prior, exact = kernels.before_solve(
+        q, k, v, landmarks.contiguous(), members, tokens,
+        _contiguous(keys), scale, rows is None, *(apart if apart and sunk else none),
+    )  # fmt: skip
+    values = prior.add_(solver(kernel, left))
+    return kernels.after_solve(
+        q, means, values, sizes, scale, tokens, exact, exact_rows, k, v,
+        *(apart if apart and own else none), members if own and sunk else None,
+    )  # fmt: skip
+
+
+def ridge_solve(kernel: Tensor, values: Tensor, ridge: float) -> Tensor:
+    """(A'A + ridge I)^-1 A' B for A `[... r m]` and B `[... r d]`: `[... m d]`."""
+    shape = (*kernel.shape[:-2], kernel.shape[-1], values.shape[-1])
+    parts = (x.reshape(-1, *x.shape[-2:]).contiguous() for x in (kernel, values))
+    return torch.ops.fna_lab_cpu.ridge_solve(*parts, ridge).view(shape)
+
+
+def means(x: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Means `[b h m d]` of `[b h n d]` over clusters, long `[b n]`, -1 = none; sizes `[b m]`."""
+    return torch.ops.fna_lab_cpu.means(x, members.contiguous(), num)
+
+
+def nearest(points: Tensor, marks: Tensor, square: Tensor) -> Tensor:
+    """The mark `[b m c]` nearest to each of `[b n c]`, by their `square` `[b m]`: long `[b n]`."""
+    return torch.ops.fna_lab_cpu.nearest(points.contiguous(), marks.contiguous(), square)
+
+
+def farthest_points(points: Tensor, num: int, first: Tensor, allowed: Tensor | None) -> Tensor:
+    """`fna_lab.ops.farthest_points`, which checks arguments: long `[b num]`.
+
+    Args:
+        points: `[b n c]`.
+        num: how many to take, `first` included.
+        first: points to take first, long `[b g]`, at least one and at most `num`.
+        allowed: bool `[b n]`, False = never taken; None = all.
+    """
+    return torch.ops.fna_lab_cpu.farthest_points(
+        points.contiguous(), num, first.contiguous(), _contiguous(allowed)
+    )
+
+
+def spread_points(
+    points: Tensor,
+    num: int,
+    first: Tensor,
+    allowed: Tensor | None,
+    counts: list[int],
+    runs: int,
+    plenty: bool,
+) -> Tensor:
+    """`fna_lab.ops.spread_points`, which checks arguments: long `[b num]`.
+
+    Args:
+        points: `[b n c]`.
+        num: how many to take, `first` included.
+        first: points to take first, long `[b g]`, at least one and at most `num`.
+        allowed: bool `[b n]`, False = never taken; None = all.
+        counts: points of each round: what is missing, and one for each of `first` that gives way.
+        runs: candidates of each round.
+        plenty: no candidate was taken before, or must not be.
+    """
+    return torch.ops.fna_lab_cpu.spread_points(
+        points.contiguous(), num, first.contiguous(), _contiguous(allowed), counts, runs, plenty
+    )
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
