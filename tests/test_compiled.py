@@ -12,11 +12,14 @@ import pytest
 import torch
 
 import fna_lab
+
+pytest.importorskip("fcntl", reason="needs Linux")
 from fna_lab import ops
 from fna_lab.attn.base import Context
 from fna_lab.attn.fna import FastNystromAttention
 from fna_lab.ops.kernels import compiled
-from fna_lab.ops.kernels.switch import LEAST_SIZE, chain_products, on_cpu
+from fna_lab.ops.kernels.switch import LEAST_TOKENS, chain_products, on_cpu
+from fna_lab.report import record
 
 FIT = compiled.TARGETS.get(torch.backends.cpu.get_cpu_capability()) and shutil.which("g++")
 pytestmark = pytest.mark.skipif(not FIT, reason="needs g++ and an x86 processor with AVX2")
@@ -144,11 +147,11 @@ def test_what_is_no_number_stays_none(name, bad):
 
 
 @pytest.mark.parametrize("shape", [(6, 32, 64), (2, 3, 40, 33), (5, 70, 20), (3, 50, 50)])
-def test_ridge_solutions_are_those_of_torch(monkeypatch, shape):
+def test_ridge_solutions_are_those_of_torch(shape):
     kernel = torch.randn(shape, generator=torch.Generator().manual_seed(0)).softmax(-1)
     values = torch.randn(*shape[:-1], 24, generator=torch.Generator().manual_seed(1))
     expected = ops.ridge_solve(kernel.double(), values.double(), 1e-3)
-    plain = torch_path(monkeypatch, lambda: ops.ridge_solve(kernel, values, 1e-3))
+    plain = ops.ridge_solve(kernel, values, 1e-3)
     error = (compiled.ridge_solve(kernel, values, 1e-3) - expected).norm()
     assert error < 2 * (plain - expected).norm() + 1e-6
 
@@ -346,19 +349,55 @@ def test_what_is_out_of_range_is_refused():
         ops.cluster_means(k, members, 20)
 
 
-def test_who_is_served(monkeypatch):
-    x = torch.zeros(LEAST_SIZE, 4)
-    assert on_cpu(LEAST_SIZE, x)
-    assert not on_cpu(LEAST_SIZE - 1, x)
-    assert not on_cpu(LEAST_SIZE, x.bfloat16()) and not on_cpu(LEAST_SIZE, x, x.double())
-    assert not on_cpu(LEAST_SIZE, x.to("meta"))
+def test_ridge_solutions_of_shapes_that_are_not_alike_are_those_of_torch(served):
+    kernel, values = torch.rand(4, 40, 40), torch.rand(5, 1, 40, 8)
+    solve = functools.partial(ops.ridge_solve, compiled=True)
+    assert solve(kernel, values).shape == (5, 4, 40, 8)
+    assert solve(kernel[0], values[:, 0]).shape == (5, 40, 8)
+    assert solve(kernel, torch.rand(4, 40, 0)).shape == (4, 40, 0)
+    assert not served
+    with pytest.raises(RuntimeError):
+        solve(kernel, torch.rand(4, 39, 8))
+    assert solve(kernel, torch.rand(4, 40, 8)).shape == (4, 40, 8) and served == ["ridge_solve"]
+
+
+def test_more_exact_rows_than_there_are_and_no_rows(monkeypatch):
+    q, k, v = projection(2, 1, 600, 8)
+    marks, points = clusters(2, 600, 20, repeat=False)
+    members = ops.nearest_landmarks(points, marks)
+    attend = functools.partial(ops.clustered_attention, q, k, v, marks, members, ops.ridge_solve)
+    for rows, exact in ((None, 100), (marks[:, :3], 100), (marks[:, :0], 0)):
+        call = functools.partial(attend, rows=rows, exact_rows=exact)
+        torch.testing.assert_close(call(), torch_path(monkeypatch, call), rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="exact_rows"):
+        ops.clustered_attention(q, k, v, marks, members, ops.ridge_solve, exact_rows=-1)
+
+
+def test_tangents_go_through_torch():
+    kernel, values = torch.rand(2, 40, 40), torch.rand(2, 40, 8)
+    assert on_cpu(LEAST_TOKENS, kernel)
+
+    def solved(values):
+        return ops.ridge_solve(kernel, values, compiled=True)
+
     with torch.enable_grad():
-        assert not on_cpu(LEAST_SIZE, x, x.clone().requires_grad_())
-        assert on_cpu(LEAST_SIZE, x)
+        _, tangent = torch.func.jvp(solved, (values,), (torch.ones_like(values),))
+    torch.testing.assert_close(tangent, solved(torch.ones_like(values)), rtol=1e-3, atol=1e-3)
+
+
+def test_who_is_served(monkeypatch):
+    x = torch.zeros(LEAST_TOKENS, 4)
+    assert on_cpu(LEAST_TOKENS, x)
+    assert not on_cpu(LEAST_TOKENS - 1, x)
+    assert not on_cpu(LEAST_TOKENS, x.bfloat16()) and not on_cpu(LEAST_TOKENS, x, x.double())
+    assert not on_cpu(LEAST_TOKENS, x.to("meta"))
+    with torch.enable_grad():
+        assert not on_cpu(LEAST_TOKENS, x, x.clone().requires_grad_())
+        assert on_cpu(LEAST_TOKENS, x)
     with torch.autocast("cpu"):
-        assert not on_cpu(LEAST_SIZE, x)
+        assert not on_cpu(LEAST_TOKENS, x)
     monkeypatch.setenv("FNA_LAB_CPP", "0")
-    assert not on_cpu(LEAST_SIZE, x)
+    assert not on_cpu(LEAST_TOKENS, x)
 
 
 def test_masks_that_differ_from_query_to_query_are_those_of_torch():
@@ -422,6 +461,11 @@ def test_a_patched_model_gives_features_as_without_kernels(monkeypatch):
             return model.forward_features(picture)
 
     torch.testing.assert_close(call(), torch_path(monkeypatch, call), rtol=2e-2, atol=2e-2)
+
+
+def test_records_name_the_kernels_that_were_loaded():
+    (name,) = record.surroundings(torch.device("cpu"))["device"]["kernels"]
+    assert name.startswith("kernels-") and name.endswith(".so")
 
 
 LOADS = "from fna_lab.ops.kernels import compiled; print(compiled.available())"

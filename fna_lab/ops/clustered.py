@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fna_lab.ops.attention import as_bias, attention_logits, attention_with_lse, full_precision
-from fna_lab.ops.checks import check_bool, check_float, check_index, check_qkv, default_scale
+from fna_lab.ops.checks import (
+    check_bool,
+    check_float,
+    check_index,
+    check_integer,
+    check_qkv,
+    default_scale,
+)
 from fna_lab.ops.kernels.switch import on_cpu
 from fna_lab.ops.nystrom import (
     check_landmarks,
@@ -138,7 +145,7 @@ def cluster_means(
         means, sizes = cluster_means(x.flatten(0, 1)[:, None], members.flatten(0, 1), num)
         return means.view(*x.shape[:2], num, x.shape[3]), sizes.view(*x.shape[:2], num)
     batch, heads, tokens, dim = x.shape
-    if on_cpu(tokens, x):
+    if members.shape == (batch, tokens) and on_cpu(tokens, x):
         from fna_lab.ops.kernels import compiled
 
         return compiled.means(x, members, num)
@@ -212,7 +219,8 @@ def clustered_attention(
         landmarks: token indices, long `[b m]`, or `[b h m]` where heads have their own.
         members: the landmark of each token, as `nearest_landmarks` tells: long `[b n]`, or
             `[b h n]` where heads have their own.
-        solver: (A `[b h r m]`, B `[b h r d]`) -> Z(A) B.
+        solver: (A `[b h r m]`, B `[b h r d]`) -> Z(A) B. Where compiled kernels serve, its
+            `compiled` is asked, if it has such a method.
         scale: factor of the logits; None = d^-1/2.
         rows: tokens whose exact outputs V' must fit, long `[b r]`, or `[b h r]`; None = the
             landmarks.
@@ -253,10 +261,17 @@ def clustered_attention(
         tokens = rows
     if bias is not None and removed is not None:
         raise ValueError("Expected no bias with removed tokens.")
+    check_integer("exact_rows", exact_rows, least=0)
+    if removed is not None:
+        check_index("removed tokens", removed[0], "[b t]", below=k.shape[2])
+        check_bool("removed tokens' validity", removed[1], tuple(removed[0].shape))
+        if len(removed[0]) != len(q):
+            raise ValueError(f"Expected removed tokens [{len(q)} t], got {len(removed[0])} rows.")
     if removed is None and (own or sunk):
         raise ValueError(f"Expected removed tokens with own={own} and sunk={sunk}, got None.")
     scale = default_scale(q) if scale is None else scale
-    if bias is None and members.ndim == tokens.ndim == 2 and on_cpu(k.shape[2], q, k, v):
+    shared = members.ndim == tokens.ndim == 2 and min(landmarks.shape[1], tokens.shape[1]) > 0
+    if bias is None and shared and q.shape == k.shape and on_cpu(k.shape[2], q, k, v):
         from fna_lab.ops.kernels import compiled
 
         return compiled.clustered_attention(

@@ -129,8 +129,8 @@ def nystrom_chain(
 
     There may be more or fewer landmark queries than landmark keys, if `solve` takes such an A.
 
-    On CUDA Triton kernels take the two long ones, see `fna_lab.ops.kernels.switch`; the
-    environment variable `FNA_LAB_TRITON=0` keeps to torch. A and Z(A) are torch's, in at least
+    Kernels take the two long ones, in Triton on CUDA and in C++ on processors; see
+    `fna_lab.ops.kernels.switch`, also for what keeps to torch. A and Z(A) are torch's, in at least
     float32.
 
     Args:

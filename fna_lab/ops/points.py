@@ -25,8 +25,8 @@ def farthest_points(
 ) -> Tensor:
     """Repeatedly take the point farthest (squared Euclidean) from those already taken.
 
-    Ties go to the lowest index. Nothing is copied to the host. On CUDA a Triton kernel does it,
-    see `fna_lab.ops.kernels.switch`; the environment variable `FNA_LAB_TRITON=0` keeps to torch.
+    Ties go to the lowest index. Nothing is copied to the host. Kernels do it, in Triton on CUDA
+    and in C++ on processors; see `fna_lab.ops.kernels.switch`, also for what keeps to torch.
 
     Args:
         points: `[b n c]`.

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from fna_lab.ops.checks import check_integer
-from fna_lab.ops.kernels.switch import on_cpu
+from fna_lab.ops.kernels.switch import LEAST_TOKENS, on_cpu
+
+MOST_ON_CPU = 256  # rows or columns that the compiled kernel factors: for more LAPACK is faster
 
 
 def check_matrix(kernel: Tensor) -> None:
@@ -56,7 +58,9 @@ def newton_schulz(kernel: Tensor, iters: int = 6) -> Tensor:
     return z
 
 
-def ridge_solve(kernel: Tensor, values: Tensor, ridge: float = 1e-3) -> Tensor:
+def ridge_solve(
+    kernel: Tensor, values: Tensor, ridge: float = 1e-3, *, compiled: bool = False
+) -> Tensor:
     """Apply the ridge inverse without forming it: (A'A + ridge I)^-1 A' B.
 
     Args:
@@ -64,6 +68,7 @@ def ridge_solve(kernel: Tensor, values: Tensor, ridge: float = 1e-3) -> Tensor:
             solution: A' (A A' + ridge I)^-1 B.
         values: B `[... r d]`.
         ridge: regularisation lambda > 0, in the units of A squared.
+        compiled: let the kernel of the processor do it, where it can and there is one.
 
     Returns:
         `[... m d]`.
@@ -78,11 +83,14 @@ def ridge_solve(kernel: Tensor, values: Tensor, ridge: float = 1e-3) -> Tensor:
     dtype = kernel.dtype
     if ridge < 1e-5 and dtype == torch.float32:  # beside A'A its rounding would be as large
         kernel, values = kernel.double(), values.double()
-    if on_cpu(kernel.shape[-2] * kernel.shape[-1], kernel, values):
-        from fna_lab.ops.kernels import compiled
+    rows, marks = kernel.shape[-2:]
+    alike = kernel.shape[:-1] == values.shape[:-1] and values.numel() > 0
+    compiled = compiled and alike and min(rows, marks) <= MOST_ON_CPU
+    if compiled and on_cpu(LEAST_TOKENS, kernel, values):
+        from fna_lab.ops.kernels import compiled as kernels
 
-        return compiled.ridge_solve(kernel, values, ridge)
-    wide = kernel.shape[-2] < kernel.shape[-1]  # the smaller of two Gram matrices that do
+        return kernels.ridge_solve(kernel, values, ridge)
+    wide = rows < marks  # the smaller of two Gram matrices that do
     gram = kernel @ kernel.mT if wide else kernel.mT @ kernel
     gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
     # cholesky_ex does not synchronise with the host; the ridge keeps the matrix definite.

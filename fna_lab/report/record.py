@@ -22,6 +22,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 PACKAGES = (
     "torch", "torchvision", "timm", "open_clip_torch", "transformers", "diffusers", "lightning",
 )  # fmt: skip
+CODE = ("*.py", "*.h", "*.cpp")
 METRICS = "metrics.json"
 SAMPLES = "samples.parquet"
 UNFINISHED = "unfinished.parquet"
@@ -37,9 +38,9 @@ def config_hash(config: dict[str, Any]) -> str:
 
 
 def code_hash() -> str:
-    """16 hex digits of every Python file of the package, so that old results are told apart."""
+    """16 hex digits of all code of the package, so that old results are told apart."""
     digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in sorted(path for kind in CODE for path in PACKAGE.rglob(kind)):
         digest.update(path.relative_to(PACKAGE).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -54,6 +55,9 @@ def surroundings(device: torch.device) -> dict[str, Any]:
         facts["name"] = torch.cuda.get_device_name(device)
     else:
         facts["threads"] = torch.get_num_threads()
+        # What was built for this processor: rounding differs from torch's own.
+        loaded = (Path(path) for path in torch.ops.loaded_libraries)
+        facts["kernels"] = sorted(path.name for path in loaded if path.parent.name == "fna_lab")
     return {"git": _git(), "versions": versions, "device": facts}
 
 

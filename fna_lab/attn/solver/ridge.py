@@ -27,6 +27,10 @@ class RidgeSolver(Solver):
         """Z(A) B: `[b h r m]`, `[b h r d]` -> `[b h m d]`."""
         return ops.ridge_solve(kernel, values, self.ridge)
 
+    def compiled(self, kernel: Tensor, values: Tensor) -> Tensor:
+        """The same with the kernel of the processor: what other such kernels ask for."""
+        return ops.ridge_solve(kernel, values, self.ridge, compiled=True)
+
     def flops(self, rows: int, landmarks: int, head_dim: int) -> int:
         """FLOPs of one head."""
         return ops.ridge_flops(rows, landmarks, head_dim)

@@ -1,8 +1,9 @@
 """Kernels for processors in C++ (`cpu/`), built once on a machine and kept in the user's cache.
 
-They serve where `switch.on_cpu` says. The first call that they could serve builds them with g++,
-or with what the environment variable `CXX` names, in some twenty seconds, into `fna_lab` beneath
-`XDG_CACHE_HOME` or `~/.cache`. Where that fails, the log says why and torch's operators serve.
+They serve where `switch.on_cpu` says. The first call that they could serve builds them in some
+twenty seconds, with g++ (10 or later) or with the one that the environment variable `CXX` names,
+into `fna_lab` beneath `XDG_CACHE_HOME` or `~/.cache`. Where that fails, the log says why and
+torch's operators serve.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import functools
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,46 +26,58 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-SOURCES = Path(__file__).with_name("cpu")
+SOURCES, MAIN = Path(__file__).with_name("cpu"), "kernels.cpp"
 # By what torch uses (or is told to, ATEN_CPU_CAPABILITY): nodes of a cluster may share a cache.
 TARGETS = {
     "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"),
     "AVX2": ("-mavx2", "-mfma"),
 }
 
+ONE = threading.Lock()  # threads that ask at the same time load them once
 
-@functools.cache
+
 def available() -> bool:
     """Whether the kernels are there: builds and loads them when first asked."""
+    with ONE:
+        return _available()
+
+
+@functools.cache
+def _available() -> bool:
     target = TARGETS.get(torch.backends.cpu.get_cpu_capability())
     if target is None:
         return False
     try:
-        torch.ops.load_library(_library(target))
-    except (OSError, subprocess.SubprocessError) as error:
-        why = (getattr(error, "stderr", None) or str(error)).strip()
+        library = _library(target)
+        try:
+            torch.ops.load_library(library)
+        except OSError:  # built on another system that shares the cache, or cut off
+            library.unlink(missing_ok=True)
+            torch.ops.load_library(_library(target))
+        _tell_shapes()
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # no home, no compiler
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [""]
+        told = next((line for line in lines if "error" in line), lines[0]) or repr(error)
         log.warning(
-            "No compiled kernels, torch's operators serve (FNA_LAB_CPP=0 asks for that): %s",
-            why.splitlines()[0] if why else repr(error),
+            "No compiled kernels, torch's operators serve (FNA_LAB_CPP=0 asks for that): %s", told
         )
         return False
-    _tell_shapes()
     return True
 
 
 def _library(target: tuple[str, ...]) -> Path:
     """The built library for a kind of processor."""
-    compiler = shutil.which(os.environ.get("CXX") or "g++")
-    if compiler is None:
-        raise FileNotFoundError(f"no compiler {os.environ.get('CXX') or 'g++'!r} is installed")
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
+    if shutil.which(compiler[0]) is None:
+        raise FileNotFoundError(f"no compiler {compiler[0]!r} is installed")
     home = Path(torch.__file__).parent
-    compile_ = [compiler, "-std=c++20", "-O3", "-fPIC", "-fopenmp", *target, "-c", "kernels.cpp"]
+    compile_ = [*compiler, "-std=c++20", "-O3", "-fPIC", "-fopenmp", *target, "-c", MAIN]
     compile_ += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     for folder in ("include", "include/torch/csrc/api/include"):
         compile_ += ["-isystem", str(home / folder)]
     # Without -fopenmp here: a second OpenMP beside torch's would bring threads of its own.
     link = ["-shared", f"-L{home / 'lib'}", "-lc10", "-ltorch_cpu"]
-    made_of = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
+    made_of = [path.read_bytes() for path in sorted((*SOURCES.glob("*.h"), SOURCES / MAIN))]
     made_of += [repr((compile_, link, torch.__version__)).encode()]
     name = hashlib.sha256(b"".join(made_of)).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fna_lab"
@@ -75,15 +90,17 @@ def _library(target: tuple[str, ...]) -> Path:
         if not library.exists():
             log.info("Building kernels for this processor, once: some twenty seconds.")
             made, linked = f"{room}/kernels.o", f"{room}/kernels.so"
-            for step in ([*compile_, "-o", made], [compiler, made, "-o", linked, *link]):
-                subprocess.run(step, cwd=SOURCES, check=True, capture_output=True, text=True)
+            for step in ([*compile_, "-o", made], [*compiler, made, "-o", linked, *link]):
+                subprocess.run(
+                    step, cwd=SOURCES, check=True, capture_output=True, text=True, errors="replace"
+                )
             os.replace(linked, library)
     return library
 
 
 def _tell_shapes() -> None:
     """What `torch.compile` has to know of the kernels."""
-    fake = functools.partial(torch.library.register_fake, allow_override=True)
+    fake = torch.library.register_fake
 
     @fake("fna_lab_cpu::attend_few")
     @fake("fna_lab_cpu::attend_to_few")
@@ -180,7 +197,7 @@ def clustered_attention(
         q, k, v, landmarks.contiguous(), members, tokens,
         _contiguous(keys), scale, rows is None, *(apart if apart and sunk else none),
     )  # fmt: skip
-    values = prior.add_(solver(kernel, left))
+    values = prior.add_(getattr(solver, "compiled", solver)(kernel, left))
     return kernels.after_solve(
         q, means, values, sizes, scale, tokens, exact, exact_rows, k, v,
         *(apart if apart and own else none), members if own and sunk else None,
@@ -201,7 +218,9 @@ def means(x: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]:
 
 def nearest(points: Tensor, marks: Tensor, square: Tensor) -> Tensor:
     """The mark `[b m c]` nearest to each of `[b n c]`, by their `square` `[b m]`: long `[b n]`."""
-    return torch.ops.fna_lab_cpu.nearest(points.contiguous(), marks.contiguous(), square)
+    return torch.ops.fna_lab_cpu.nearest(
+        points.contiguous(), marks.contiguous(), square.contiguous()
+    )
 
 
 def farthest_points(points: Tensor, num: int, first: Tensor, allowed: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ Ampere and Hopper. Their speed on a GPU has not been measured.
 C++ (`on_cpu`), unless `FNA_LAB_CPP=0`:
 
 - the tensors are float32 on an x86 processor with AVX2 or AVX-512, under Linux, without autocast;
-- pictures have at least `LEAST_SIZE` tokens: for fewer nobody has to wait for a compiler;
+- pictures have at least `LEAST_TOKENS` tokens: for fewer nobody has to wait for a compiler;
 - g++ is installed, or what `CXX` names; see `compiled`.
 """
 
@@ -36,7 +36,7 @@ from torch import Tensor
 INSTALLED = importlib.util.find_spec("triton") is not None and torch.version.hip is None
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_CHANNELS = 128
-LEAST_SIZE = 512
+LEAST_TOKENS = 512
 
 
 def use_kernels(*tensors: Tensor) -> bool:
@@ -55,22 +55,25 @@ def use_kernels(*tensors: Tensor) -> bool:
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def on_cpu(size: int, *tensors: Tensor) -> bool:
+def on_cpu(tokens: int, *tensors: Tensor) -> bool:
     """Whether these tensors go to a compiled kernel of the processor; see the head of this file.
 
     Args:
-        size: tokens of a picture, or numbers of a matrix.
+        tokens: of a picture.
         tensors: what the operation reads.
     """
-    if size < LEAST_SIZE or os.environ.get("FNA_LAB_CPP") == "0":
+    if tokens < LEAST_TOKENS or os.environ.get("FNA_LAB_CPP") == "0":
         return False
     if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in tensors):
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return False
-    # What is exported has to run elsewhere.
+    if getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
+        return False  # tangents would get lost
+    # What is exported has to run elsewhere; torch before 2.7 does not tell it from a compiled one.
     exported = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    exported = exported or getattr(torch.compiler, "is_exporting", bool)()
+    compiler = torch.compiler
+    exported = exported or getattr(compiler, "is_exporting", compiler.is_compiling)()
     return not exported and not torch.is_autocast_enabled("cpu") and _is_compiled()
 
 
@@ -120,7 +123,8 @@ def chain_products(
     if not all(_is_of_keys(mask) for mask in masks):
         return plain
     biases = [mask for mask in masks if mask.dtype != torch.bool]
-    if on_cpu(k.shape[2], q, k, v, q_marks, k_marks, *biases):
+    some = q_marks.shape[2] > 0 and k_marks.shape[2] > 0
+    if some and on_cpu(k.shape[2], q, k, v, q_marks, k_marks, *biases):
         from fna_lab.ops.kernels import compiled
 
         return compiled.attend_few, compiled.attend_to_few

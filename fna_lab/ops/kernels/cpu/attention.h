@@ -38,7 +38,7 @@ inline void fetch(Matrix x, int64_t rows, int64_t dim) {
 }
 
 // What is added to the logits of keys begin to begin + size, in units of log 2: -inf bars a key.
-// The mask is [b h n], bool (true = may be attended to) or float32.
+// The mask is [b h n], bool (true = may be attended to) or float32, where -1e30 bars as well.
 inline void read_mask(const std::optional<Tensor>& mask, int64_t b, int64_t h, int64_t begin,
                       int64_t size, float* out) {
   if (!mask) {
@@ -57,7 +57,7 @@ inline void read_mask(const std::optional<Tensor>& mask, int64_t b, int64_t h, i
 }
 
 // Rows of a head, all or those of tokens `index`, as columns, times a factor: [d width].
-inline void turn(Matrix x, int64_t size, int64_t dim, float factor, float* out, int64_t width,
+inline void transpose(Matrix x, int64_t size, int64_t dim, float factor, float* out, int64_t width,
                  const int64_t* index = nullptr) {
   for (int64_t j = 0; j < size; j++) {
     const float* row = x.data + (index ? index[j] : j) * x.row;
@@ -80,10 +80,10 @@ inline void softmax(float* logits, int64_t width, float* inverse) {
   // What goes across lanes takes long: all rows at a time.
   Vector top[R], sum[R];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; r++) top[r] = all(LOWEST);
+  for (int r = 0; r < R; r++) top[r] = broadcast(LOWEST);
   for (int64_t c = 0; c < width; c += LANES)
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) top[r] = most(top[r], load(logits + r * width + c));
+    for (int r = 0; r < R; r++) top[r] = larger(top[r], load(logits + r * width + c));
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++) top[r] = highest(top[r]);
   for (int r = 0; r < R; r++, logits += width) {
@@ -116,7 +116,7 @@ class FewKeys {
         spare(wide == out_dim ? 0 : QUERIES * wide) {}
 
   void pack(Matrix k, Matrix v, float scale, int64_t count) {
-    turn(k, count, dim, scale * LOG2_E, keys.data(), width);
+    transpose(k, count, dim, scale * LOG2_E, keys.data(), width);
     gather(v, count, out_dim, values.data(), wide);
   }
 
@@ -195,16 +195,33 @@ struct Sums {
   int64_t wide;
 };
 
+// The output of one query from the sums of all parts: [e].
+template <class Part>
+inline void put_together(int64_t r, int64_t parts, Part part_of, int64_t out_dim, float* to) {
+  float top = LOWEST, total = 0;
+  for (int64_t i = 0; i < parts; i++) top = std::max(top, part_of(i).top[r]);
+  std::fill(to, to + out_dim, 0.f);
+  for (int64_t i = 0; i < parts; i++) {
+    const Sums part = part_of(i);
+    const float share = exp2(broadcast(part.top[r] - top))[0];
+    total += share * part.total[r];
+    for (int64_t c = 0; c < out_dim; c++) to[c] += share * part.values[r * part.wide + c];
+  }
+  const float inverse = total == 0 ? 0 : 1 / total;
+  for (int64_t c = 0; c < out_dim; c++) to[c] *= inverse;
+}
+
 // Few queries of one head, packed for `product`.
 class FewQueries {
  public:
   FewQueries(int64_t queries, int64_t dim, int64_t out_dim)
       : queries(queries), dim(dim), out_dim(out_dim), width(padded(queries)),
-        wide(padded(out_dim)), most_keys(std::max<int64_t>(TALL, 4096 / width / TALL * TALL)),
+        wide(padded(out_dim)),
+        most_keys(std::max<int64_t>(TALL, 4096 / std::max<int64_t>(width, LANES) / TALL * TALL)),
         turned(dim * width), logits(most_keys * width), bias(most_keys), shrink(width) {}
 
   void pack(Matrix q, float scale, const int64_t* index) {
-    turn(q, queries, dim, scale * LOG2_E, turned.data(), width, index);
+    transpose(q, queries, dim, scale * LOG2_E, turned.data(), width, index);
   }
 
   // Logits of some keys [size width].
@@ -220,7 +237,7 @@ class FewQueries {
       for (int64_t j = 0; j < size; j++) {
         Vector y = load(x + j * width + c) + more[j];
         store(x + j * width + c, y);
-        now = most(now, y);
+        now = larger(now, y);
       }
       const Vector less = exp2(before - now);
       Vector sum = load(total + c) * less;
@@ -264,22 +281,6 @@ class FewQueries {
     }
   }
 
-  // The output of one query from the sums of all parts: [e].
-  template <class Part>
-  void put_together(int64_t r, int64_t parts, Part part_of, float* to) {
-    float top = LOWEST, total = 0;
-    for (int64_t p = 0; p < parts; p++) top = std::max(top, part_of(p).top[r]);
-    std::fill(to, to + out_dim, 0.f);
-    for (int64_t p = 0; p < parts; p++) {
-      const Sums part = part_of(p);
-      const float share = exp2(all(part.top[r] - top))[0];
-      total += share * part.total[r];
-      for (int64_t c = 0; c < out_dim; c++) to[c] += share * part.values[r * wide + c];
-    }
-    const float inverse = total == 0 ? 0 : 1 / total;
-    for (int64_t c = 0; c < out_dim; c++) to[c] *= inverse;
-  }
-
   const int64_t queries, dim, out_dim, width, wide, most_keys;  // so many keys stay in L1
 
  private:
@@ -320,15 +321,14 @@ inline Tensor attend_few(const Tensor& q, const Tensor& k, const Tensor& v,
     }
   });
   at::parallel_for(0, batch * heads, 4, [&](int64_t head, int64_t end) {
-    FewQueries few(queries, dim, out_dim);
     for (; head < end; head++)
       for (int64_t r = 0; r < queries; r++)
-        few.put_together(
+        put_together(
             r, parts.count,
-            [&](int64_t p) {
-              return Sums(rooms + (head * parts.count + p) * room, queries, out_dim);
+            [&](int64_t i) {
+              return Sums(rooms + (head * parts.count + i) * room, queries, out_dim);
             },
-            found + ((head / heads * queries + r) * heads + head % heads) * out_dim);
+            out_dim, found + ((head / heads * queries + r) * heads + head % heads) * out_dim);
   });
   return out.transpose(1, 2);
 }

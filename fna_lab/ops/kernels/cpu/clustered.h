@@ -74,8 +74,8 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> before_solve(
         few.pack(head_of(q, b, h), float(scale), tokens + b * count);
       }
       const int64_t begin = task % parts.count * parts.span;
-      float* const added = rooms + task * room + Sums::room(count, out_dim);
-      std::fill(added, added + num * dim, 0.f);
+      float* const members_sum = rooms + task * room + Sums::room(count, out_dim);
+      std::fill(members_sum, members_sum + num * dim, 0.f);
       few.add(
           head_of(k, b, h), head_of(v, b, h), begin, std::min(parts.span, size - begin),
           sunk.empty() ? nullptr : &sunk[b * size], Sums(rooms + task * room, count, out_dim),
@@ -86,7 +86,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> before_solve(
           [&](int64_t j, int64_t some, Matrix key) {
             for (int64_t i = j; i < j + some; i++, key.data += key.row) {
               if (home[b * size + i] < 0) continue;
-              float* const to = added + home[b * size + i] * dim;
+              float* const to = members_sum + home[b * size + i] * dim;
               if (key.column == 1)
                 for (int64_t c = 0; c < dim; c++) to[c] += key.data[c];
               else
@@ -102,22 +102,22 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> before_solve(
     Buffer own(num * wide), fitted(count * wide);
     for (; head < end; head++) {
       const int64_t b = head / heads, h = head % heads;
-      auto part_of = [&](int64_t p) {
-        return Sums(rooms + (head * parts.count + p) * room, count, out_dim);
+      auto part_of = [&](int64_t i) {
+        return Sums(rooms + (head * parts.count + i) * room, count, out_dim);
       };
-      auto added_of = [&](int64_t p) {
-        return rooms + (head * parts.count + p) * room + Sums::room(count, out_dim);
+      auto members_sum_of = [&](int64_t i) {
+        return rooms + (head * parts.count + i) * room + Sums::room(count, out_dim);
       };
       float* const outputs = exact.mutable_data_ptr<float>() + head * count * out_dim;
       for (int64_t r = 0; r < count; r++)
-        few.put_together(r, parts.count, part_of, outputs + r * out_dim);
+        put_together(r, parts.count, part_of, out_dim, outputs + r * out_dim);
       float* const mean = means.mutable_data_ptr<float>() + head * num * dim;
       for (int64_t j = 0; j < num; j++) {
         const float share = 1 / std::max(held[b * num + j], 1.f);
         bias[j] = std::log2(held[b * num + j]);
         for (int64_t c = 0; c < dim; c++) {
           float sum = 0;
-          for (int64_t p = 0; p < parts.count; p++) sum += added_of(p)[j * dim + c];
+          for (int64_t i = 0; i < parts.count; i++) sum += members_sum_of(i)[j * dim + c];
           mean[j * dim + c] = sum * share;
         }
       }
@@ -125,9 +125,9 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> before_solve(
       for (int64_t j = 0; j < num; j++)
         if (!sunk.empty() && sunk[b * size + marks[b * num + j]])
           std::fill(&own[j * wide], &own[j * wide] + wide, 0.f);
-      float* const p = prior.mutable_data_ptr<float>() + head * num * out_dim;
+      float* const start = prior.mutable_data_ptr<float>() + head * num * out_dim;
       for (int64_t j = 0; j < num; j++)
-        std::memcpy(p + j * out_dim, &own[j * wide], out_dim * sizeof(float));
+        std::memcpy(start + j * out_dim, &own[j * wide], out_dim * sizeof(float));
 
       few.pack(head_of(q, b, h), float(scale), tokens + b * count);
       std::fill(top.begin(), top.end(), LOWEST), std::fill(total.begin(), total.end(), 0.f);
@@ -172,7 +172,7 @@ inline Tensor after_solve(const Tensor& q, const Tensor& means, const Tensor& va
   const int64_t* const tokens = indices(rows, 0, size, "rows");
   const float* const known = exact.const_data_ptr<float>();
   for (int64_t head = 0; head < batch * heads; head++)
-    for (int64_t r = 0; r < exact_rows; r++)
+    for (int64_t r = 0; r < std::min(exact_rows, count); r++)
       std::memcpy(place(head / heads, head % heads, tokens[head / heads * count + r]),
                   known + (head * count + r) * out_dim, out_dim * sizeof(float));
   const Removed gone(own_rows, own_valid, size);
@@ -191,7 +191,7 @@ inline Tensor after_solve(const Tensor& q, const Tensor& means, const Tensor& va
           if (j >= 0) few.bias[j] = std::log2(held[b * num + j] - 1);
         }
         few.bias[num] = 0;
-        turn({key.data + token * key.row, key.row, key.column}, 1, dim, float(scale) * LOG2_E,
+        transpose({key.data + token * key.row, key.row, key.column}, 1, dim, float(scale) * LOG2_E,
              &few.keys[num], few.width);
         gather({value.data + token * value.row, value.row, value.column}, 1, out_dim,
                &few.values[num * few.wide], few.wide);

@@ -41,7 +41,7 @@ inline at::Tensor nearest(const at::Tensor& points, const at::Tensor& marks,
       product(rows, {x + (b * size + begin) * dim, dim, 1}, turned.data(), width, dim, less.data(),
               width, width);
       for (int64_t r = 0; r < rows; r++) {
-        Vector best = all(INF);
+        Vector best = broadcast(INF);
         Integers at = {}, place = {};
         for (int i = 0; i < LANES; i++) place[i] = i;
         for (int64_t c = 0; c < width; c += LANES, place += LANES) {

@@ -16,8 +16,8 @@ TORCH_LIBRARY(fna_lab_cpu, m) {
   m.def("nearest(Tensor points, Tensor marks, Tensor square) -> Tensor");
   m.def("farthest_points(Tensor points, int num, Tensor first, Tensor? allowed) -> Tensor");
   m.def(
-      "spread_points(Tensor points, int num, Tensor first, Tensor? allowed, int[] counts, int runs, "
-      "bool plenty) -> Tensor");
+      "spread_points(Tensor points, int num, Tensor first, Tensor? allowed, int[] counts, "
+      "int runs, bool plenty) -> Tensor");
   m.def("ridge_solve(Tensor kernel, Tensor values, float ridge) -> Tensor");
   m.def(
       "before_solve(Tensor q, Tensor k, Tensor v, Tensor landmarks, Tensor members, Tensor rows, "

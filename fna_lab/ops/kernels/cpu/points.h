@@ -72,7 +72,7 @@ class Spread {
             sum[l] += apart * apart;
           }
         for (int l = 0; l < 4; l++)
-          store(far + l * LANES, -most(-load(far + l * LANES), -sum[l]));
+          store(far + l * LANES, -larger(-load(far + l * LANES), -sum[l]));
       }
       best[i] = NONE;
       for (int64_t j = 0; j < WIDTH; j++)
@@ -211,24 +211,25 @@ inline at::Tensor spread_points(const at::Tensor& points, int64_t num, const at:
       }
       taken = spread_round(spread, size, dim, runs, counts[round]);
       if (!plenty) {  // others take the places of those that are none
-        std::vector<float> rest(size);
-        for (int64_t i = 0; i < size; i++) rest[i] = spread.far(i);
+        std::vector<float> left(size);
+        for (int64_t i = 0; i < size; i++) left[i] = spread.far(i);
         std::vector<int64_t> lost;
         for (int64_t& i : taken) {
           if (spread.far(i) < 0) lost.push_back(&i - taken.data());
-          else rest[i] = Spread::TAKEN;
+          else left[i] = Spread::TAKEN;
         }
         if (lost.size() && spread.far(taken[0]) < 0)
-          rest[taken[0]] = std::min(rest[taken[0]], Spread::TAKEN);
-        const std::vector<int64_t> fill = largest(rest, int64_t(lost.size()));
+          left[taken[0]] = std::min(left[taken[0]], Spread::TAKEN);
+        const std::vector<int64_t> fill = largest(left, int64_t(lost.size()));
         const int64_t none = taken[0];
         for (size_t i = 0; i < lost.size(); i++)
-          taken[lost[i]] = rest[fill[i]] > Spread::BARRED ? fill[i] : none;
+          taken[lost[i]] = left[fill[i]] > Spread::BARRED ? fill[i] : none;
       }
       picks.insert(picks.end(), taken.begin(), taken.end());
     }
     std::copy_n(picks.begin(), num - given, found + given);
-    for (size_t i = 0; i < holes.size(); i++) found[holes[i]] = picks[num - given + i];
+    for (size_t i = 0; i < holes.size() && num - given + i < picks.size(); i++)
+      found[holes[i]] = picks[num - given + i];
   });
   return out;
 }

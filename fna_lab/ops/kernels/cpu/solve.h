@@ -39,28 +39,26 @@ inline at::Tensor ridge_solve(const at::Tensor& kernel, const at::Tensor& values
       for (int64_t s = 0; s < side; s++) gram[s * width + s] += float(ridge);
       if (flat) std::copy(right.begin(), right.end(), x.begin());
       else product(num, transposed, right.data(), wide, rows, x.data(), wide, wide);
-      // Cholesky, gram = L L', row by row; then L y = x and L' z = y.
+      // Cholesky, gram = U'U with U in its upper half; then U'y = x and U z = y, in place.
+      auto less = [&](float* row, float factor, const float* other, int64_t from, int64_t to) {
+        for (int64_t c = from; c < to; c += LANES)
+          store(row + c, load(row + c) - broadcast(factor) * load(other + c));
+      };
       for (int64_t s = 0; s < side; s++) {
         float* const row = &gram[s * width];
-        for (int64_t t = 0; t <= s; t++) {
-          const float* const other = &gram[t * width];
-          double sum = row[t];
-          for (int64_t u = 0; u < t; u++) sum -= double(row[u]) * other[u];
-          row[t] = float(t < s ? sum / other[t] : std::sqrt(sum));
-        }
-        for (int64_t t = 0; t < s; t++) {
-          const Vector less = all(row[t]);
-          for (int64_t c = 0; c < wide; c += LANES)
-            store(&x[s * wide + c], load(&x[s * wide + c]) - less * load(&x[t * wide + c]));
-        }
-        for (int64_t c = 0; c < wide; c++) x[s * wide + c] /= row[s];
+        const float inverse = 1 / std::sqrt(row[s]);
+        for (int64_t t = s; t < side; t++) row[t] *= inverse;
+        for (int64_t t = s + 1; t < side; t++)
+          less(&gram[t * width], row[t], row, t / LANES * LANES, width);
+      }
+      for (int64_t s = 0; s < side; s++) {
+        for (int64_t t = 0; t < s; t++)
+          less(&x[s * wide], gram[t * width + s], &x[t * wide], 0, wide);
+        for (int64_t c = 0; c < wide; c++) x[s * wide + c] /= gram[s * width + s];
       }
       for (int64_t s = side - 1; s >= 0; s--) {
-        for (int64_t t = s + 1; t < side; t++) {
-          const Vector less = all(gram[t * width + s]);
-          for (int64_t c = 0; c < wide; c += LANES)
-            store(&x[s * wide + c], load(&x[s * wide + c]) - less * load(&x[t * wide + c]));
-        }
+        for (int64_t t = s + 1; t < side; t++)
+          less(&x[s * wide], gram[s * width + t], &x[t * wide], 0, wide);
         for (int64_t c = 0; c < wide; c++) x[s * wide + c] /= gram[s * width + s];
       }
       const float* solved = x.data();

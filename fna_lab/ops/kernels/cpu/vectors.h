@@ -30,10 +30,10 @@ constexpr float INF = __builtin_inff();
 
 inline Vector load(const float* x) { return *reinterpret_cast<const Vector*>(x); }
 inline void store(float* x, Vector value) { *reinterpret_cast<Vector*>(x) = value; }
-inline Vector all(float x) { return x - Vector{}; }  // minus, for 0 + x is not x where x = -0
+inline Vector broadcast(float x) { return x - Vector{}; }  // minus, for 0 + x is not x where x = -0
 
 // The larger of each; b where one of them is no number.
-inline Vector most(Vector a, Vector b) {
+inline Vector larger(Vector a, Vector b) {
 #if defined(__AVX512F__)
   return (Vector)_mm512_max_ps((__m512)a, (__m512)b);
 #else
@@ -43,11 +43,11 @@ inline Vector most(Vector a, Vector b) {
 
 // 2^x for x <= 0, to 2e-7 of it: 0 up to -127, and no number of no number.
 inline Vector exp2(Vector x) {
-  x = most(all(-127.f), x);
-  const Vector magic = all(12582912.f);  // 1.5 * 2^23: what is added to it is rounded to integers
+  x = larger(broadcast(-127.f), x);
+  const Vector magic = broadcast(12582912.f);  // 1.5 * 2^23: sums with it are integers
   Vector whole = x + magic;
   Vector f = x - (whole - magic);
-  Vector power = all(1.3276472e-3f);
+  Vector power = broadcast(1.3276472e-3f);
   power = power * f + 9.6755413e-3f;
   power = power * f + 5.5507133e-2f;
   power = power * f + 2.4022120e-1f;
@@ -68,7 +68,7 @@ inline Vector across(Vector x) {
 template <int STEP = LANES / 2>
 inline Vector highest(Vector x) {
   if constexpr (STEP == 0) return x;
-  else return highest<STEP / 2>(most(x, across<STEP>(x)));
+  else return highest<STEP / 2>(larger(x, across<STEP>(x)));
 }
 template <int STEP = LANES / 2>
 inline Vector added(Vector x) {
@@ -128,7 +128,7 @@ inline void tile(Matrix a, const float* b, int64_t b_row, int64_t depth, float* 
     for (int c = 0; c < C; c++) line[c] = load(b + k * b_row + c * LANES);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      Vector x = all(a.data[r * a.row + k * a.column]);
+      Vector x = broadcast(a.data[r * a.row + k * a.column]);
 #pragma GCC unroll 16
       for (int c = 0; c < C; c++) sum[r][c] += x * line[c];
     }
