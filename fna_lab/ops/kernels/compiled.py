@@ -88,7 +88,8 @@ def _library(target: tuple[str, ...]) -> Path:
     with open(cache / "lock", "w") as lock, tempfile.TemporaryDirectory(dir=cache) as room:
         fcntl.flock(lock, fcntl.LOCK_EX)  # jobs that start side by side build them once
         if not library.exists():
-            log.info("Building kernels for this processor, once: some twenty seconds.")
+            # At a level that is seen where nobody set logging up: somebody waits.
+            log.warning("Building kernels for this processor, once: some twenty seconds.")
             made, linked = f"{room}/kernels.o", f"{room}/kernels.so"
             for step in ([*compile_, "-o", made], [*compiler, made, "-o", linked, *link]):
                 subprocess.run(
