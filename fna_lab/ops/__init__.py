@@ -264,6 +264,6 @@ __all__ = [
     "top_register_neurons",
     "uniform_numbers",
     "weight_facts",
-    "zero_rows",
     "without_padding_rows",
+    "zero_rows",
 ]

@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fna_lab.ops.kernels.shapes import empty_output, mask_of_keys
+
 log = logging.getLogger(__name__)
 
 SOURCES, MAIN = Path(__file__).with_name("cpu"), "kernels.cpp"
@@ -106,7 +108,7 @@ def _tell_shapes() -> None:
     @fake("fna_lab_cpu::attend_few")
     @fake("fna_lab_cpu::attend_to_few")
     def _(q, k, v, mask, scale):  # noqa: ARG001
-        return _output(q, v)
+        return empty_output(q, v)
 
     @fake("fna_lab_cpu::before_solve")
     def _(q, k, v, landmarks, members, rows, *more):  # noqa: ARG001
@@ -117,7 +119,7 @@ def _tell_shapes() -> None:
 
     @fake("fna_lab_cpu::after_solve")
     def _(q, means, values, *more):  # noqa: ARG001
-        return _output(q, values)
+        return empty_output(q, values)
 
     @fake("fna_lab_cpu::ridge_solve")
     def _(kernel, values, ridge):  # noqa: ARG001
@@ -138,11 +140,6 @@ def _tell_shapes() -> None:
         return first.new_empty((first.shape[0], num))
 
 
-def _output(q: Tensor, v: Tensor) -> Tensor:
-    batch, heads, size, _ = q.shape
-    return q.new_empty((batch, size, heads, v.shape[3])).transpose(1, 2)
-
-
 def attend_few(
     q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, scale: float
 ) -> Tensor:
@@ -159,18 +156,14 @@ def attend_few(
     Returns:
         `[b h m e]`, a view of `[b m h e]`.
     """
-    return torch.ops.fna_lab_cpu.attend_few(q, k, v, _keys(attn_mask, k), scale)
+    return torch.ops.fna_lab_cpu.attend_few(q, k, v, mask_of_keys(attn_mask, k), scale)
 
 
 def attend_to_few(
     q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, scale: float
 ) -> Tensor:
     """Attention of many queries to few keys, softmax(scale q k') v; see `attend_few`."""
-    return torch.ops.fna_lab_cpu.attend_to_few(q, k, v, _keys(attn_mask, k), scale)
-
-
-def _keys(attn_mask: Tensor | None, k: Tensor) -> Tensor | None:
-    return None if attn_mask is None else attn_mask[:, :, 0].expand(k.shape[:3])
+    return torch.ops.fna_lab_cpu.attend_to_few(q, k, v, mask_of_keys(attn_mask, k), scale)
 
 
 def clustered_attention(

@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fna_lab.ops.kernels.shapes import empty_output, mask_of_keys
+
 # Programs that fill a large GPU about twice (H100: 132 multiprocessors), and blocks of keys that
 # are worth a program of their own.
 PROGRAMS = 264
@@ -49,7 +51,7 @@ def attend_few(
     Returns:
         `[b h m e]`, a view of `[b m h e]`.
     """
-    return _attend_few(q, k, v, _keys(attn_mask, k), scale)
+    return _attend_few(q, k, v, mask_of_keys(attn_mask, k), scale)
 
 
 def attend_to_few(
@@ -71,19 +73,15 @@ def attend_to_few(
         `[b h n e]`, a view of `[b n h e]`.
     """
     if not resident(k.shape[2], k.shape[3], v.shape[3], q.dtype):
-        return _attend_few(q, k, v, _keys(attn_mask, k), scale)
-    return _attend_to_few(q, k, v, _keys(attn_mask, k), scale)
-
-
-def _keys(attn_mask: Tensor | None, k: Tensor) -> Tensor | None:
-    return None if attn_mask is None else attn_mask[:, :, 0].expand(k.shape[:3])
+        return _attend_few(q, k, v, mask_of_keys(attn_mask, k), scale)
+    return _attend_to_few(q, k, v, mask_of_keys(attn_mask, k), scale)
 
 
 @torch.library.custom_op("fna_lab::attend_few", mutates_args=())
 def _attend_few(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, scale: float) -> Tensor:
     batch, heads, marks, width = q.shape
     size, value_width = v.shape[2:]
-    out = _empty(q, v)
+    out = empty_output(q, v)
     meta = few_blocks(marks, width, value_width, q.dtype)
     rows = triton.cdiv(marks, meta["BLOCK_M"])
     blocks = triton.cdiv(size, meta["BLOCK_N"])
@@ -114,7 +112,7 @@ def _attend_few(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, scale: flo
 def _attend_to_few(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, scale: float) -> Tensor:
     batch, heads, size, width = q.shape
     marks, value_width = v.shape[2:]
-    out = _empty(q, v)
+    out = empty_output(q, v)
     meta = many_blocks(marks, width, value_width, q.dtype)
     blocks = triton.cdiv(size, meta["BLOCK_N"])
     # As many blocks a program as leave four programs for each that runs at a time.
@@ -133,12 +131,7 @@ def _attend_to_few(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, scale: 
 @_attend_few.register_fake
 @_attend_to_few.register_fake
 def _(q, k, v, keys, scale):  # noqa: ARG001
-    return _empty(q, v)
-
-
-def _empty(q: Tensor, v: Tensor) -> Tensor:
-    batch, heads, size, _ = q.shape
-    return q.new_empty((batch, size, heads, v.shape[3])).transpose(1, 2)
+    return empty_output(q, v)
 
 
 def _strides(keys: Tensor | None) -> tuple[int, ...]:

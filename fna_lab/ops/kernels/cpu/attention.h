@@ -24,19 +24,6 @@ constexpr int64_t CHUNK = 4 * QUERIES;  // of queries, for one thread
 constexpr int64_t PART = 1024;          // of keys, for one thread
 constexpr float LOWEST = -1e30f;        // least of the largest logits: -inf less -inf is none
 
-// One head of [b h n d] in its strides.
-inline Matrix head_of(const Tensor& x, int64_t b, int64_t h) {
-  const float* data = x.const_data_ptr<float>() + b * x.stride(0) + h * x.stride(1);
-  return {data, x.stride(2), x.stride(3)};
-}
-
-// Rows that are soon asked for: where a host packs q, k and v, each lies in a page of its own.
-inline void fetch(Matrix x, int64_t rows, int64_t dim) {
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t c = 0; c < dim; c += 16)
-      __builtin_prefetch(x.data + r * x.row + c * x.column, 0, 2);
-}
-
 // What is added to the logits of keys begin to begin + size, in units of log 2: -inf bars a key.
 // The mask is [b h n], bool (true = may be attended to) or float32, where -1e30 bars as well.
 inline void read_mask(const std::optional<Tensor>& mask, int64_t b, int64_t h, int64_t begin,
@@ -53,24 +40,6 @@ inline void read_mask(const std::optional<Tensor>& mask, int64_t b, int64_t h, i
   } else {
     const float* bias = mask->const_data_ptr<float>() + start;
     for (int64_t j = 0; j < size; j++) out[j] = bias[j * step] * LOG2_E;
-  }
-}
-
-// Rows of a head, all or those of tokens `index`, as columns, times a factor: [d width].
-inline void transpose(Matrix x, int64_t size, int64_t dim, float factor, float* out, int64_t width,
-                 const int64_t* index = nullptr) {
-  for (int64_t j = 0; j < size; j++) {
-    const float* row = x.data + (index ? index[j] : j) * x.row;
-    for (int64_t c = 0; c < dim; c++) out[c * width + j] = row[c * x.column] * factor;
-  }
-}
-
-// Rows of a head, all or those of tokens `index`, side by side: [size width].
-inline void gather(Matrix x, int64_t size, int64_t dim, float* out, int64_t width,
-                   const int64_t* index = nullptr) {
-  for (int64_t j = 0; j < size; j++) {
-    const float* row = x.data + (index ? index[j] : j) * x.row;
-    for (int64_t c = 0; c < dim; c++) out[j * width + c] = row[c * x.column];
   }
 }
 

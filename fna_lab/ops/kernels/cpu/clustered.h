@@ -3,12 +3,11 @@
 
 #pragma once
 
-#include <ATen/ops/zeros.h>
-
 #include <cmath>
 #include <tuple>
 
 #include "attention.h"
+#include "clusters.h"
 
 namespace {
 
@@ -18,11 +17,11 @@ struct Removed {
       : count(rows ? rows->size(1) : 0),
         rows(rows ? indices(*rows, 0, size, "removed tokens") : nullptr),
         valid(rows ? valid->const_data_ptr<bool>() : nullptr) {}
-  // Calls f(token, which of T) for each of a picture.
+  // Calls f(token) for each of a picture.
   template <class F>
   void each(int64_t b, F f) const {
     for (int64_t i = b * count; i < (b + 1) * count; i++)
-      if (valid[i]) f(rows[i], i);
+      if (valid[i]) f(rows[i]);
   }
   const int64_t count;
   const int64_t* rows;
@@ -45,7 +44,6 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> before_solve(
   const Parts parts(size);
   const auto options = q.options();
   Tensor means = at::empty({batch, heads, num, dim}, options);
-  Tensor sizes = at::zeros({batch, num}, options);
   Tensor kernel = at::empty({batch, heads, count, num}, options);
   Tensor left = at::empty({batch, heads, count, out_dim}, options);
   Tensor prior = at::empty({batch, heads, num, out_dim}, options);
@@ -56,14 +54,12 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> before_solve(
   const int64_t* const marks = indices(landmarks, 0, size, "landmarks");
   const int64_t* const tokens = indices(rows, 0, size, "rows");
   const bool* const keep = keys ? keys->const_data_ptr<bool>() : nullptr;
-  float* const held = sizes.mutable_data_ptr<float>();
-  for (int64_t b = 0; b < batch; b++)
-    for (int64_t i = 0; i < size; i++)
-      if (home[b * size + i] >= 0) held[b * num + home[b * size + i]] += 1;
+  const Tensor sizes = sizes_of(home, batch, size, num, options);
+  const float* const held = sizes.const_data_ptr<float>();
   const Removed gone(sunk_rows, sunk_valid, size);
   std::vector<char> sunk(gone.count ? batch * size : 0);
   for (int64_t b = 0; gone.count && b < batch; b++)
-    gone.each(b, [&](int64_t token, int64_t) { sunk[b * size + token] = 1; });
+    gone.each(b, [&](int64_t token) { sunk[b * size + token] = 1; });
 
   at::parallel_for(0, batch * heads * parts.count, 1, [&](int64_t task, int64_t end) {
     FewQueries few(count, dim, out_dim);
@@ -85,12 +81,8 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> before_solve(
           },
           [&](int64_t j, int64_t some, Matrix key) {
             for (int64_t i = j; i < j + some; i++, key.data += key.row) {
-              if (home[b * size + i] < 0) continue;
-              float* const to = members_sum + home[b * size + i] * dim;
-              if (key.column == 1)
-                for (int64_t c = 0; c < dim; c++) to[c] += key.data[c];
-              else
-                for (int64_t c = 0; c < dim; c++) to[c] += key.data[c * key.column];
+              const int64_t m = home[b * size + i];
+              if (m >= 0) add_row(key, dim, members_sum + m * dim);
             }
           });
     }
@@ -184,7 +176,7 @@ inline Tensor after_solve(const Tensor& q, const Tensor& means, const Tensor& va
       const int64_t b = head / heads, h = head % heads;
       few.pack(head_of(means, b, h), head_of(values, b, h), float(scale), num);
       const Matrix query = head_of(q, b, h), key = head_of(k, b, h), value = head_of(v, b, h);
-      gone.each(b, [&](int64_t token, int64_t) {
+      gone.each(b, [&](int64_t token) {
         for (int64_t j = 0; j < num; j++) few.bias[j] = std::log2(held[b * num + j]);
         if (home) {
           const int64_t j = home->const_data_ptr<int64_t>()[b * size + token];
@@ -192,7 +184,7 @@ inline Tensor after_solve(const Tensor& q, const Tensor& means, const Tensor& va
         }
         few.bias[num] = 0;
         transpose({key.data + token * key.row, key.row, key.column}, 1, dim, float(scale) * LOG2_E,
-             &few.keys[num], few.width);
+                  &few.keys[num], few.width);
         gather({value.data + token * value.row, value.row, value.column}, 1, out_dim,
                &few.values[num * few.wide], few.wide);
         few.attend(1, {query.data + token * query.row, query.row, query.column},

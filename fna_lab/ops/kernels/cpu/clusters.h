@@ -31,11 +31,8 @@ inline at::Tensor nearest(const at::Tensor& points, const at::Tensor& marks,
       const int64_t b = task / blocks, begin = task % blocks * BLOCK;
       if (packed != b) {
         packed = b;
-        for (int64_t j = 0; j < count; j++) {
-          add[j] = own[b * count + j];
-          for (int64_t c = 0; c < dim; c++)
-            turned[c * width + j] = -2 * y[(b * count + j) * dim + c];
-        }
+        std::copy_n(own + b * count, count, add.begin());
+        transpose({y + b * count * dim, dim, 1}, count, dim, -2, turned.data(), width);
       }
       const int64_t rows = std::min(BLOCK, size - begin);
       product(rows, {x + (b * size + begin) * dim, dim, 1}, turned.data(), width, dim, less.data(),
@@ -60,38 +57,38 @@ inline at::Tensor nearest(const at::Tensor& points, const at::Tensor& marks,
   return out;
 }
 
+// How many tokens each cluster holds, [b m], by the cluster of each, [b n], -1 = none.
+inline at::Tensor sizes_of(const int64_t* home, int64_t batch, int64_t size, int64_t num,
+                           const at::TensorOptions& options) {
+  at::Tensor sizes = at::zeros({batch, num}, options);
+  float* const held = sizes.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < batch * size; i++)
+    if (home[i] >= 0) held[i / size * num + home[i]] += 1;
+  return sizes;
+}
+
 // Means of [b h n d] over clusters, [b h m d], zero where one is empty; and sizes [b m]. The
 // cluster of each token is long [b n], -1 = none.
 inline std::tuple<at::Tensor, at::Tensor> means(const at::Tensor& x, const at::Tensor& members,
                                                 int64_t num) {
   const int64_t batch = x.size(0), heads = x.size(1), size = x.size(2), dim = x.size(3);
   at::Tensor out = at::zeros({batch, heads, num, dim}, x.options());
-  at::Tensor sizes = at::zeros({batch, num}, x.options());
-  const float* const data = x.const_data_ptr<float>();
   const int64_t* const home = indices(members, -1, num, "members");
+  const at::Tensor sizes = sizes_of(home, batch, size, num, x.options());
   float* const sums = out.mutable_data_ptr<float>();
-  float* const counts = sizes.mutable_data_ptr<float>();
-  for (int64_t i = 0; i < batch * size; i++)
-    if (home[i] >= 0) counts[i / size * num + home[i]] += 1;
+  const float* const held = sizes.const_data_ptr<float>();
   at::parallel_for(0, batch * heads, 1, [&](int64_t head, int64_t end) {
     for (; head < end; head++) {
       const int64_t b = head / heads;
-      const float* row = data + b * x.stride(0) + head % heads * x.stride(1);
+      Matrix rows = head_of(x, b, head % heads);
       float* const sum = sums + head * num * dim;
-      for (int64_t i = 0; i < size; i++, row += x.stride(2)) {
-        if (i + 16 < size)
-          for (int64_t c = 0; c < dim; c += 16)
-            __builtin_prefetch(row + 16 * x.stride(2) + c * x.stride(3));
+      for (int64_t i = 0; i < size; i++, rows.data += rows.row) {
+        if (i + 16 < size) fetch({rows.data + 16 * rows.row, rows.row, rows.column}, 1, dim);
         const int64_t m = home[b * size + i];
-        if (m < 0) continue;
-        float* const to = sum + m * dim;
-        if (x.stride(3) == 1)
-          for (int64_t c = 0; c < dim; c++) to[c] += row[c];
-        else
-          for (int64_t c = 0; c < dim; c++) to[c] += row[c * x.stride(3)];
+        if (m >= 0) add_row(rows, dim, sum + m * dim);
       }
       for (int64_t m = 0; m < num; m++) {
-        const float share = 1 / std::max(counts[b * num + m], 1.f);
+        const float share = 1 / std::max(held[b * num + m], 1.f);
         for (int64_t c = 0; c < dim; c++) sum[m * dim + c] *= share;
       }
     }

@@ -160,11 +160,9 @@ inline std::vector<int64_t> spread_round(const Spread& spread, int64_t size, int
   Buffer rows(runs * dim), turned(dim * width), own(width), apart(runs * width);
   for (int64_t i = 0; i < runs; i++) {
     spread.row(candidate[order[i]], &rows[i * dim]);
-    for (int64_t c = 0; c < dim; c++) {
-      own[i] += rows[i * dim + c] * rows[i * dim + c];
-      turned[c * width + i] = -2 * rows[i * dim + c];
-    }
+    for (int64_t c = 0; c < dim; c++) own[i] += rows[i * dim + c] * rows[i * dim + c];
   }
+  transpose({rows.data(), dim, 1}, runs, dim, -2, turned.data(), width);
   product<To::ROW>(runs, {rows.data(), dim, 1}, turned.data(), width, dim, apart.data(), width,
                    width, own.data());
   std::vector<float> rank(runs);

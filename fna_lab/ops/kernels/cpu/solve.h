@@ -29,11 +29,8 @@ inline at::Tensor ridge_solve(const at::Tensor& kernel, const at::Tensor& values
     for (; i < end; i++) {
       const float* const a = all_a + i * rows * num;
       const Matrix as_is = {a, num, 1}, transposed = {a, 1, num};
-      for (int64_t r = 0; r < rows; r++)
-        std::copy_n(all_b + (i * rows + r) * dim, dim, &right[r * wide]);
-      for (int64_t j = 0; j < depth; j++)
-        for (int64_t s = 0; s < side; s++)
-          turned[j * width + s] = flat ? a[s * num + j] : a[j * num + s];
+      gather({all_b + i * rows * dim, dim, 1}, rows, dim, right.data(), wide);
+      transpose(flat ? as_is : transposed, side, depth, 1, turned.data(), width);
       product(side, flat ? as_is : transposed, turned.data(), width, depth, gram.data(), width,
               width);
       for (int64_t s = 0; s < side; s++) gram[s * width + s] += float(ridge);

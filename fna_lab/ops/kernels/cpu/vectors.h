@@ -107,7 +107,46 @@ struct Matrix {
   int64_t row, column;
 };
 
-// What a product is added to: nothing, `start` [c] in every row, or what `out` holds.
+// One head of [b h n d] in its strides.
+inline Matrix head_of(const at::Tensor& x, int64_t b, int64_t h) {
+  const float* data = x.const_data_ptr<float>() + b * x.stride(0) + h * x.stride(1);
+  return {data, x.stride(2), x.stride(3)};
+}
+
+// Rows that are soon asked for: where a host packs q, k and v, each lies in a page of its own.
+inline void fetch(Matrix x, int64_t rows, int64_t dim) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = 0; c < dim; c += 16)
+      __builtin_prefetch(x.data + r * x.row + c * x.column, 0, 2);
+}
+
+// Rows of a matrix, all or those of tokens `index`, as columns, times a factor: [d width].
+inline void transpose(Matrix x, int64_t size, int64_t dim, float factor, float* out, int64_t width,
+                      const int64_t* index = nullptr) {
+  for (int64_t j = 0; j < size; j++) {
+    const float* row = x.data + (index ? index[j] : j) * x.row;
+    for (int64_t c = 0; c < dim; c++) out[c * width + j] = row[c * x.column] * factor;
+  }
+}
+
+// Rows of a matrix, all or those of tokens `index`, side by side: [size width].
+inline void gather(Matrix x, int64_t size, int64_t dim, float* out, int64_t width,
+                   const int64_t* index = nullptr) {
+  for (int64_t j = 0; j < size; j++) {
+    const float* row = x.data + (index ? index[j] : j) * x.row;
+    for (int64_t c = 0; c < dim; c++) out[j * width + c] = row[c * x.column];
+  }
+}
+
+// Adds the first row of a matrix to another row.
+inline void add_row(Matrix x, int64_t dim, float* to) {
+  if (x.column == 1)
+    for (int64_t c = 0; c < dim; c++) to[c] += x.data[c];
+  else
+    for (int64_t c = 0; c < dim; c++) to[c] += x.data[c * x.column];
+}
+
+// What a product is added to: nothing, a row [c] in every row, or what `out` holds.
 enum class To { NOTHING, ROW, OUT };
 
 // out[r][c] = factor[r] * (sum_k a[r][k] b[k][c] + what it is added to) for R rows and C vectors.
