@@ -253,14 +253,30 @@ def allowed_points(batch):
 GIVEN = torch.tensor([[3, 9, 3, 53, 700]])  # one repeats, two are of the sixteen
 
 
+@pytest.mark.parametrize("channels", [19, 96, 105, 700])  # measured lazily; by several threads
 @pytest.mark.parametrize("batch", [1, 3])
-def test_farthest_points_are_those_of_torch(monkeypatch, served, batch):
-    points = torch.randn(batch, 777, 19, generator=torch.Generator().manual_seed(batch))
+def test_farthest_points_are_those_of_torch(monkeypatch, served, batch, channels):
+    points = torch.randn(batch, 777, channels, generator=torch.Generator().manual_seed(batch))
     points[:, 300:500] = points[:, 100:300].clone()  # twins
     far = functools.partial(ops.farthest_points, points, 40)
     for first, allowed in itertools.product((None, GIVEN), allowed_points(batch)):
         first = None if first is None else first.expand(batch, -1)
         same_points(monkeypatch, served, far, allowed, 40, first=first)
+
+
+def test_thin_points_are_farthest_ones(served):
+    points = torch.randn(2, 600, 80, generator=torch.Generator().manual_seed(5))
+    thin = ops.spread_points(points, 40, block=32, thin=True)
+    assert torch.equal(thin, ops.farthest_points(points, 40))
+    assert served == ["farthest_points"] * 2
+
+
+@pytest.mark.parametrize("channels", [19, 80])
+def test_points_that_are_no_numbers_spoil_no_others(served, channels):
+    points = torch.randn(1, 600, channels, generator=torch.Generator().manual_seed(5))
+    points[0, [7, 400]] = torch.nan
+    picks = ops.farthest_points(points, 40)
+    assert served and len(picks.unique()) == 40
 
 
 @pytest.mark.parametrize("block", [1, 8, 40])

@@ -46,7 +46,7 @@ def spread_points(
     a sample from all over the list. Only those that then lie farthest out are kept, for no other
     can become the farthest one; and the second half comes from them in rounds, whose candidates
     are the farthest of all, and which take the farthest candidate one by one. What is taken covers
-    the points nearly as well as exact farthest points.
+    the points nearly as well as exact farthest points do; kernels in C++ take these.
 
     Distances are |x|^2 - 2 x p + |p|^2: equal points are at 0 up to rounding, and ties go
     anywhere. Nothing is copied to the host.
@@ -83,22 +83,27 @@ def spread_points(
         )
     first = starting_points(points, num, first, allowed)
     points = reduced_points(points.detach(), sketch)
-    if points.dtype == torch.float32 and use_kernels(points):  # exact ones
+    size, given = points.shape[1], first.shape[1]
+    # Kernels take farthest points as fast as any that are nearly so.
+    if points.dtype == torch.float32 and use_kernels(points):
         from fna_lab.ops.kernels.points import farthest_points as on_chip
 
         return on_chip(points, num, first, allowed, repeats)
-    size, given = points.shape[1], first.shape[1]
+    if thin and on_cpu(size, points):
+        from fna_lab.ops.kernels import compiled
+
+        return compiled.farthest_points(points, num, first, allowed)
     repeats = min(given - 1 if repeats is None else repeats, given, num)
     gone = 0 if allowed is None else given if barred is None else min(barred, given)
     spare = min(repeats + gone, given, num)
     if num == given and not spare:
         return first
     barred = 0 if allowed is None else size if barred is None else barred
+    sure, spare = num - given + repeats, spare - repeats
     runs = min(candidates, size)
-    length = -(-size // runs)
+    counts = _counts(sure, spare, block, runs)
     # Enough runs hold a free point, whatever was taken before.
-    counts = _counts(num - given + repeats, spare - repeats, block, runs)
-    plenty = size - num - spare - barred >= max(counts) * length
+    plenty = size - num - repeats - spare - barred >= max(counts) * -(-size // runs)
     if not thin and on_cpu(size, points):
         from fna_lab.ops.kernels import compiled
 
@@ -111,7 +116,6 @@ def spread_points(
         lost = again if out is None else again | out
     square = torch.linalg.vector_norm(points, dim=-1).square_()
     if thin:
-        sure, spare = num - given + repeats, spare - repeats
         picks = _thinned(
             points, square, first, out, allowed, barred, sure, spare, block, candidates
         )

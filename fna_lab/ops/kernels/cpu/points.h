@@ -7,6 +7,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 
 #include <numeric>
 #include <optional>
@@ -111,26 +112,135 @@ void each_picture(int64_t batch, F f) {
   });
 }
 
+// A run of points, each as far as it was when it was last measured. Distances to what is taken only
+// fall: a point is measured again when it may be the farthest, and until it is known not to be.
+class Lazy {
+ public:
+  Lazy(const float* points, int64_t dim, int64_t start, int64_t end, const bool* allowed)
+      : points(points), dim(dim), start(start), end(end), first(start), second(start),
+        seen(end - start), distance(end - start, INF) {
+    for (int64_t i = start; allowed && i < end; i++)
+      if (!allowed[i]) far(i) = Spread::BARRED;
+  }
+
+  float& far(int64_t i) { return distance[i - start]; }
+
+  // The farthest point from `count` rows of what is taken, the first of equal ones.
+  int64_t farthest(const float* taken, int64_t count) {
+    if (far(first) < 0) first = second;  // what lay far out likely still does, which saves others
+    measure(first, taken, count, 0.f);
+    second = first;
+    for (int64_t i = start; i < end; i++) {
+      if (far(i) < far(first) || i == first) continue;
+      measure(i, taken, count, far(first));
+      int64_t other = i;
+      if (far(i) > far(first) || (far(i) == far(first) && i < first)) std::swap(first, other);
+      if (second == first || far(other) > far(second)) second = other;
+    }
+    return first;
+  }
+
+ private:
+  void measure(int64_t i, const float* taken, int64_t count, float least) {
+    int64_t& from = seen[i - start];
+    const float* const x = points + i * dim;
+    while (from < count && far(i) >= std::max(least, 0.f)) {
+      const float* const rows = taken + from * dim;
+      if (from + 4 <= count) near<4>(x, rows, far(i)), from += 4;
+      else if (from + 2 <= count) near<2>(x, rows, far(i)), from += 2;
+      else near<1>(x, rows, far(i)), from++;
+    }
+  }
+
+  template <int R>
+  void near(const float* x, const float* rows, float& least) const {
+    Vector sum[R][2] = {};
+    int64_t c = 0;
+    for (; c + LANES < dim; c += 2 * LANES)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+        for (int l = 0; l < 2; l++) {
+          const Vector apart = load(x + c + l * LANES) - load(rows + r * dim + c + l * LANES);
+          sum[r][l] += apart * apart;
+        }
+    for (int r = 0; r < R; r++) {
+      if (c < dim) {
+        const Vector apart = load(x + c) - load(rows + r * dim + c);
+        sum[r][0] += apart * apart;
+      }
+      least = std::min(least, added(sum[r][0] + sum[r][1])[0]);
+    }
+  }
+
+  const float* const points;
+  const int64_t dim, start, end;
+  int64_t first, second;
+  std::vector<int64_t> seen;
+  std::vector<float> distance;
+};
+
+// Channels up to which all points are measured against each that is taken, several side by side.
+constexpr int64_t NARROW = 64;
+// Values of the points that one thread looks through before it waits for others.
+constexpr int64_t GRAIN = 1 << 18;
+
+// Farthest points of [size dim], those in `picks` that are not negative before others.
+inline void take_farthest(const float* points, int64_t size, int64_t dim, const bool* allowed,
+                          int64_t* picks, int64_t num) {
+  Spread spread(size, dim);
+  spread.read(points);
+  spread.bar(allowed);
+  spread.measure(nullptr, 0);
+  for (int64_t i = 0; i < num; i++) {
+    if (picks[i] < 0 || spread.far(picks[i]) < 0) picks[i] = spread.farthest();
+    spread.mark(&picks[i], 1);
+    if (i + 1 < num) spread.measure(&picks[i], 1);
+  }
+}
+
+inline void take_farthest_lazily(const float* points, int64_t size, int64_t dim,
+                                 const bool* allowed, int64_t* picks, int64_t num) {
+  const int64_t width = padded(dim);
+  Buffer wide(width == dim ? 0 : size * width), taken(num * width);
+  if (width != dim) {
+    gather({points, dim, 1}, size, dim, wide.data(), width);
+    points = wide.data();
+  }
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t length = std::max((size + threads - 1) / threads, GRAIN / width);
+  std::vector<Lazy> runs;
+  for (int64_t i = 0; i < size; i += length)
+    runs.emplace_back(points, width, i, std::min(size, i + length), allowed);
+  auto far = [&](int64_t i) -> float& { return runs[i / length].far(i); };
+  std::vector<int64_t> best(runs.size());
+  for (int64_t i = 0; i < num; i++) {
+    if (picks[i] < 0 || far(picks[i]) < 0) {
+      at::parallel_for(0, int64_t(runs.size()), 1, [&](int64_t r, int64_t end) {
+        for (; r < end; r++) best[r] = runs[r].farthest(taken.data(), i);
+      });
+      picks[i] = best[0];
+      for (const int64_t other : best)
+        if (far(other) > far(picks[i])) picks[i] = other;
+    }
+    far(picks[i]) = std::min(far(picks[i]), Spread::TAKEN);
+    std::copy_n(points + picks[i] * width, width, &taken[i * width]);
+  }
+}
+
 // `ops.farthest_points` of [b n c]: long [b num], those given, `first` [b g], before others.
 inline at::Tensor farthest_points(const at::Tensor& points, int64_t num, const at::Tensor& first,
                                   const std::optional<at::Tensor>& allowed) {
   const int64_t batch = points.size(0), size = points.size(1), dim = points.size(2);
   const int64_t given = first.size(1);
-  const int64_t* const all_given = indices(first, 0, size, "first");
-  at::Tensor out = at::empty({batch, num}, first.options());
+  const int64_t* const wanted = indices(first, 0, size, "first");
+  at::Tensor out = at::full({batch, num}, -1, first.options());
   int64_t* const found = out.mutable_data_ptr<int64_t>();
   each_picture(batch, [&](int64_t b) {
-    Spread spread(size, dim);
-    spread.read(points.const_data_ptr<float>() + b * size * dim);
-    spread.bar(allowed ? allowed->const_data_ptr<bool>() + b * size : nullptr);
-    spread.measure(nullptr, 0);
-    for (int64_t i = 0; i < num; i++) {
-      const int64_t wanted = i < given ? all_given[b * given + i] : -1;
-      int64_t& pick = found[b * num + i];
-      pick = wanted >= 0 && spread.far(wanted) >= 0 ? wanted : spread.farthest();
-      spread.mark(&pick, 1);
-      if (i + 1 < num) spread.measure(&pick, 1);
-    }
+    std::copy_n(wanted + b * given, given, found + b * num);
+    const float* const x = points.const_data_ptr<float>() + b * size * dim;
+    const bool* const keep = allowed ? allowed->const_data_ptr<bool>() + b * size : nullptr;
+    (dim > NARROW ? take_farthest_lazily : take_farthest)(x, size, dim, keep, found + b * num, num);
   });
   return out;
 }
