@@ -74,8 +74,8 @@ def served(monkeypatch):
 
         return call
 
-    for name in ("attend_few", "attend_to_few", "clustered_attention", "ridge_solve", "means",
-                 "nearest", "farthest_points", "spread_points"):  # fmt: skip
+    for name in ("attend_few", "attend_to_few", "clustered_attention", "means", "nearest",
+                 "farthest_points", "sketch_points", "spread_points"):  # fmt: skip
         monkeypatch.setattr(compiled, name, listen(name, getattr(compiled, name)))
     return asked
 
@@ -146,16 +146,6 @@ def test_what_is_no_number_stays_none(name, bad):
     assert getattr(compiled, name)(q, k, v, scale=1.0).isnan().all()
 
 
-@pytest.mark.parametrize("shape", [(6, 32, 64), (2, 3, 40, 33), (5, 70, 20), (3, 50, 50)])
-def test_ridge_solutions_are_those_of_torch(shape):
-    kernel = torch.randn(shape, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    values = torch.randn(*shape[:-1], 24, generator=torch.Generator().manual_seed(1))
-    expected = ops.ridge_solve(kernel.double(), values.double(), 1e-3)
-    plain = ops.ridge_solve(kernel, values, 1e-3)
-    error = (compiled.ridge_solve(kernel, values, 1e-3) - expected).norm()
-    assert error < 2 * (plain - expected).norm() + 1e-6
-
-
 def clusters(batch, tokens, count, repeat):
     """Landmarks, one of which may repeat, and the members of their clusters."""
     generator = torch.Generator().manual_seed(count)
@@ -203,7 +193,7 @@ def test_clustered_attention_is_that_of_torch(
 
     def call(*inputs):
         return ops.clustered_attention(
-            *inputs, marks, members, ops.ridge_solve, rows=fitted,
+            *inputs, marks, members, ops.RidgeInverse(), rows=fitted,
             keys=keys if padded or removes else None, distinct=not repeat, exact_rows=1,
             removed=removed, own=own, sunk=sunk,
         )  # fmt: skip
@@ -264,6 +254,15 @@ def test_farthest_points_are_those_of_torch(monkeypatch, served, batch, channels
         same_points(monkeypatch, served, far, allowed, 40, first=first)
 
 
+@pytest.mark.parametrize(("dims", "groups"), [(64, 2), (10, 5), (7, 1), (32, 1)])
+def test_sketches_are_those_of_torch(monkeypatch, served, dims, groups):
+    x = projection(3, 2, 700, 40)[1]
+    for points in (x.transpose(1, 2).flatten(2), x[:, 0].mT.contiguous().mT):
+        sketch = functools.partial(ops.sketch_points, points, dims, groups=groups)
+        torch.testing.assert_close(sketch(), torch_path(monkeypatch, sketch))
+    assert served == ["sketch_points"] * 2
+
+
 def test_thin_points_are_farthest_ones(served):
     points = torch.randn(2, 600, 80, generator=torch.Generator().manual_seed(5))
     thin = ops.spread_points(points, 40, block=32, thin=True)
@@ -309,7 +308,7 @@ def fna(batch, tokens=1025, **settings):
 def test_a_picture_depends_on_no_batch_mate(served):
     call = fna(3)
     together = call()
-    assert {"nearest", "spread_points", "clustered_attention", "ridge_solve"} <= set(served)
+    assert {"nearest", "spread_points", "clustered_attention"} <= set(served)
     assert torch.equal(together, torch.cat([call([i]) for i in range(3)]))
 
 
@@ -360,45 +359,47 @@ def test_what_is_out_of_range_is_refused():
     members = torch.zeros(1, 600, dtype=torch.long)
     members[0, 5] = 20
     with pytest.raises(IndexError, match="Expected members from -1 to 19, got 20"):
-        ops.clustered_attention(q, k, v, marks, members, ops.ridge_solve)
+        ops.clustered_attention(q, k, v, marks, members, ops.RidgeInverse())
     with pytest.raises(IndexError, match="Expected members from -1 to 19, got 20"):
         ops.cluster_means(k, members, 20)
 
 
-def test_ridge_solutions_of_shapes_that_are_not_alike_are_those_of_torch(served):
-    kernel, values = torch.rand(4, 40, 40), torch.rand(5, 1, 40, 8)
-    solve = functools.partial(ops.ridge_solve, compiled=True)
-    assert solve(kernel, values).shape == (5, 4, 40, 8)
-    assert solve(kernel[0], values[:, 0]).shape == (5, 40, 8)
-    assert solve(kernel, torch.rand(4, 40, 0)).shape == (4, 40, 0)
-    assert not served
-    with pytest.raises(RuntimeError):
-        solve(kernel, torch.rand(4, 39, 8))
-    assert solve(kernel, torch.rand(4, 40, 8)).shape == (4, 40, 8) and served == ["ridge_solve"]
+@pytest.mark.parametrize("solver", [ops.ridge_solve, ops.RidgeInverse(1e-7)])
+def test_other_solvers_stand_between_the_kernels(monkeypatch, served, solver):
+    q, k, v = projection(2, 2, 600, 16)
+    marks, points = clusters(2, 600, 20, repeat=False)
+    members = ops.nearest_landmarks(points, marks)
+    call = functools.partial(ops.clustered_attention, q, k, v, marks, members, solver)
+    out = call()
+    assert "clustered_attention" in served
+    torch.testing.assert_close(out, torch_path(monkeypatch, call), rtol=1e-3, atol=1e-4)
 
 
 def test_more_exact_rows_than_there_are_and_no_rows(monkeypatch):
     q, k, v = projection(2, 1, 600, 8)
     marks, points = clusters(2, 600, 20, repeat=False)
     members = ops.nearest_landmarks(points, marks)
-    attend = functools.partial(ops.clustered_attention, q, k, v, marks, members, ops.ridge_solve)
+    attend = functools.partial(
+        ops.clustered_attention, q, k, v, marks, members, ops.RidgeInverse()
+    )
     for rows, exact in ((None, 100), (marks[:, :3], 100), (marks[:, :0], 0)):
         call = functools.partial(attend, rows=rows, exact_rows=exact)
         torch.testing.assert_close(call(), torch_path(monkeypatch, call), rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="exact_rows"):
-        ops.clustered_attention(q, k, v, marks, members, ops.ridge_solve, exact_rows=-1)
+        ops.clustered_attention(q, k, v, marks, members, ops.RidgeInverse(), exact_rows=-1)
 
 
 def test_tangents_go_through_torch():
-    kernel, values = torch.rand(2, 40, 40), torch.rand(2, 40, 8)
-    assert on_cpu(LEAST_TOKENS, kernel)
+    x = torch.rand(LEAST_TOKENS, 8)
+    assert on_cpu(LEAST_TOKENS, x)
 
-    def solved(values):
-        return ops.ridge_solve(kernel, values, compiled=True)
+    def double(x):
+        assert not on_cpu(LEAST_TOKENS, x)
+        return 2 * x
 
     with torch.enable_grad():
-        _, tangent = torch.func.jvp(solved, (values,), (torch.ones_like(values),))
-    torch.testing.assert_close(tangent, solved(torch.ones_like(values)), rtol=1e-3, atol=1e-3)
+        _, tangent = torch.func.jvp(double, (x,), (torch.ones_like(x),))
+    assert (tangent == 2).all()
 
 
 def test_who_is_served(monkeypatch):
@@ -430,7 +431,7 @@ def test_gradients_are_those_of_torch():
     marks, points = clusters(1, 600, 20, repeat=False)
     with torch.enable_grad():
         members = ops.nearest_landmarks(points, marks)
-        out = ops.clustered_attention(q, k, v, marks, members, ops.ridge_solve)
+        out = ops.clustered_attention(q, k, v, marks, members, ops.RidgeInverse())
         out.sum().backward()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))
 
@@ -446,7 +447,7 @@ def test_compiled_graphs_call_the_kernels_without_a_break(monkeypatch):
 
     torch._dynamo.reset()
     out = torch.compile(call, backend=look, fullgraph=True)()
-    assert "fna_lab_cpu.before_solve" in graphs[0] and "fna_lab_cpu.after_solve" in graphs[0]
+    assert "fna_lab_cpu.clustered_ridge" in graphs[0]
     torch.testing.assert_close(out, expected)
 
 
@@ -457,7 +458,7 @@ def test_exported_programs_have_no_kernel_in_them():
     class Attention(torch.nn.Module):
         def forward(self, q, k, v):
             members = ops.nearest_landmarks(points, marks, distinct=True)
-            return ops.clustered_attention(q, k, v, marks, members, ops.ridge_solve)
+            return ops.clustered_attention(q, k, v, marks, members, ops.RidgeInverse())
 
     program = torch.export.export(Attention(), (q, k, v))
     assert "fna_lab_cpu" not in str(program)

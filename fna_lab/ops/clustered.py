@@ -66,17 +66,16 @@ def nearest_landmarks(
     if allowed is not None:
         check_bool("allowed", allowed, tuple(points.shape[:2]))
     points = points.to(torch.promote_types(points.dtype, torch.float32))
+    if on_cpu(points.shape[1], points):
+        from fna_lab.ops.kernels import compiled
+
+        return compiled.nearest(points, landmarks, allowed)
     marks = gather_rows(points, landmarks)
     square = marks.square().sum(-1)  # |x|^2 is the same for all landmarks
     place = torch.arange(landmarks.shape[1], device=landmarks.device).expand_as(landmarks)
     if not distinct:
         square.masked_fill_(repeated_landmarks(landmarks), torch.inf)
-    if on_cpu(points.shape[1], points):
-        from fna_lab.ops.kernels import compiled
-
-        members = compiled.nearest(points, marks, square)
-    else:
-        members = less_products(square[:, None], points, marks).argmin(2)
+    members = less_products(square[:, None], points, marks).argmin(2)
     if distinct:
         members.scatter_(1, landmarks, place)
     else:
@@ -219,8 +218,8 @@ def clustered_attention(
         landmarks: token indices, long `[b m]`, or `[b h m]` where heads have their own.
         members: the landmark of each token, as `nearest_landmarks` tells: long `[b n]`, or
             `[b h n]` where heads have their own.
-        solver: (A `[b h r m]`, B `[b h r d]`) -> Z(A) B. Where compiled kernels serve, its
-            `compiled` is asked, if it has such a method.
+        solver: (A `[b h r m]`, B `[b h r d]`) -> Z(A) B. Compiled kernels do `RidgeInverse`
+            themselves.
         scale: factor of the logits; None = d^-1/2.
         rows: tokens whose exact outputs V' must fit, long `[b r]`, or `[b h r]`; None = the
             landmarks.

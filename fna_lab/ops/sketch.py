@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fna_lab.ops.checks import check_float, check_integer
 from fna_lab.ops.draws import drawn_once
+from fna_lab.ops.kernels.switch import on_cpu
 
 
 def sketch_points(points: Tensor, dims: int, *, normed: bool = False, groups: int = 1) -> Tensor:
@@ -42,6 +43,10 @@ def sketch_points(points: Tensor, dims: int, *, normed: bool = False, groups: in
     if normed and groups > 1:
         raise ValueError(f"Expected groups=1 with normed points, got {groups!r}.")
     wide = torch.promote_types(points.dtype, torch.float32)
+    if not normed and on_cpu(tokens, points):
+        from fna_lab.ops.kernels import compiled
+
+        return compiled.sketch_points(points, _grouped(channels, dims, groups))
     if groups > 1:
         runs = points.flatten(0, 1).unflatten(1, (groups, -1)).transpose(0, 1)  # [g b*n c/g]
         found = torch.bmm(runs, _grouped(channels, dims, groups).to(points))
@@ -62,7 +67,7 @@ def sketch_points(points: Tensor, dims: int, *, normed: bool = False, groups: in
 def _grouped(channels: int, dims: int, groups: int) -> Tensor:
     """A corner of the draw for each group, which has that many channels fewer to add up."""
     own = _draw(channels, dims)[: channels // groups].unflatten(1, (groups, -1)).transpose(0, 1)
-    return own * groups**0.5
+    return (own * groups**0.5).contiguous()
 
 
 @drawn_once

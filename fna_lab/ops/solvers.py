@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from fna_lab.ops.checks import check_integer
-from fna_lab.ops.kernels.switch import LEAST_TOKENS, on_cpu
 
+LEAST_RIDGE = 1e-5  # beside A'A the rounding of float32 would be as large as less than that
 MOST_ON_CPU = 256  # rows or columns that the compiled kernel factors: for more LAPACK is faster
 
 
@@ -25,6 +27,12 @@ def check_square(kernel: Tensor) -> None:
         raise TypeError("Expected kernel to be a floating tensor [... m m].")
     if kernel.ndim < 2 or kernel.shape[-1] != kernel.shape[-2]:
         raise ValueError(f"Expected kernel to have shape [... m m], got {tuple(kernel.shape)}.")
+
+
+def check_ridge(ridge: float) -> None:
+    """Raise unless the penalty is positive."""
+    if not ridge > 0:
+        raise ValueError(f"Expected ridge to be > 0, got {ridge!r}.")
 
 
 def newton_schulz(kernel: Tensor, iters: int = 6) -> Tensor:
@@ -58,9 +66,7 @@ def newton_schulz(kernel: Tensor, iters: int = 6) -> Tensor:
     return z
 
 
-def ridge_solve(
-    kernel: Tensor, values: Tensor, ridge: float = 1e-3, *, compiled: bool = False
-) -> Tensor:
+def ridge_solve(kernel: Tensor, values: Tensor, ridge: float = 1e-3) -> Tensor:
     """Apply the ridge inverse without forming it: (A'A + ridge I)^-1 A' B.
 
     Args:
@@ -68,7 +74,6 @@ def ridge_solve(
             solution: A' (A A' + ridge I)^-1 B.
         values: B `[... r d]`.
         ridge: regularisation lambda > 0, in the units of A squared.
-        compiled: let the kernel of the processor do it, where it can and there is one.
 
     Returns:
         `[... m d]`.
@@ -78,18 +83,11 @@ def ridge_solve(
         ValueError: `kernel` is no matrix, or `ridge` is not positive.
     """
     check_matrix(kernel)
-    if not ridge > 0:
-        raise ValueError(f"Expected ridge to be > 0, got {ridge!r}.")
+    check_ridge(ridge)
     dtype = kernel.dtype
-    if ridge < 1e-5 and dtype == torch.float32:  # beside A'A its rounding would be as large
+    if ridge < LEAST_RIDGE and dtype == torch.float32:
         kernel, values = kernel.double(), values.double()
     rows, marks = kernel.shape[-2:]
-    alike = kernel.shape[:-1] == values.shape[:-1] and values.numel() > 0
-    compiled = compiled and alike and min(rows, marks) <= MOST_ON_CPU
-    if compiled and on_cpu(LEAST_TOKENS, kernel, values):
-        from fna_lab.ops.kernels import compiled as kernels
-
-        return kernels.ridge_solve(kernel, values, ridge)
     wide = rows < marks  # the smaller of two Gram matrices that do
     gram = kernel @ kernel.mT if wide else kernel.mT @ kernel
     gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
@@ -99,3 +97,28 @@ def ridge_solve(
     inverse = torch.cholesky_inverse(factor)
     solved = kernel.mT @ (inverse @ values) if wide else inverse @ (kernel.mT @ values)
     return solved.to(dtype)
+
+
+@dataclass(frozen=True)
+class RidgeInverse:
+    """(A'A + ridge I)^-1 A' as a solver, which compiled kernels know how to apply.
+
+    Args:
+        ridge: regularisation lambda > 0, in the units of A squared.
+
+    Raises:
+        ValueError: `ridge` is not positive.
+    """
+
+    ridge: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_ridge(self.ridge)
+
+    def __call__(self, kernel: Tensor, values: Tensor) -> Tensor:
+        """See `ridge_solve`."""
+        return ridge_solve(kernel, values, self.ridge)
+
+    def has_kernel(self, rows: int, landmarks: int) -> bool:
+        """Whether compiled kernels solve it themselves, for A of so many rows and landmarks."""
+        return self.ridge >= LEAST_RIDGE and min(rows, landmarks) <= MOST_ON_CPU

@@ -22,14 +22,15 @@ class RidgeSolver(Solver):
     def __init__(self, *, ridge: float = 1e-3) -> None:
         check_number("attn.solver.ridge", ridge, "a number > 0", above=0)
         self.ridge = ridge
+        self.inverse = ops.RidgeInverse(ridge)
 
     def __call__(self, kernel: Tensor, values: Tensor) -> Tensor:
         """Z(A) B: `[b h r m]`, `[b h r d]` -> `[b h m d]`."""
-        return ops.ridge_solve(kernel, values, self.ridge)
+        return self.inverse(kernel, values)
 
-    def compiled(self, kernel: Tensor, values: Tensor) -> Tensor:
-        """The same with the kernel of the processor: what other such kernels ask for."""
-        return ops.ridge_solve(kernel, values, self.ridge, compiled=True)
+    def operator(self) -> ops.RidgeInverse:
+        """What compiled kernels know."""
+        return self.inverse
 
     def flops(self, rows: int, landmarks: int, head_dim: int) -> int:
         """FLOPs of one head."""

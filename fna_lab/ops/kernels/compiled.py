@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fna_lab.ops.kernels.shapes import empty_output, mask_of_keys
+from fna_lab.ops.solvers import RidgeInverse
 
 log = logging.getLogger(__name__)
 
@@ -121,17 +122,21 @@ def _tell_shapes() -> None:
     def _(q, means, values, *more):  # noqa: ARG001
         return empty_output(q, values)
 
-    @fake("fna_lab_cpu::ridge_solve")
-    def _(kernel, values, ridge):  # noqa: ARG001
-        return values.new_empty((kernel.shape[0], kernel.shape[2], values.shape[2]))
+    @fake("fna_lab_cpu::clustered_ridge")
+    def _(q, k, v, *more):  # noqa: ARG001
+        return empty_output(q, v)
 
     @fake("fna_lab_cpu::means")
     def _(x, members, num):  # noqa: ARG001
         batch, heads, _, dim = x.shape
         return x.new_empty((batch, heads, num, dim)), x.new_empty((batch, num))
 
+    @fake("fna_lab_cpu::sketch_points")
+    def _(points, draw):
+        return points.new_empty((*points.shape[:2], draw.shape[0] * draw.shape[2]))
+
     @fake("fna_lab_cpu::nearest")
-    def _(points, marks, square):  # noqa: ARG001
+    def _(points, landmarks, allowed):  # noqa: ARG001
         return points.new_empty(points.shape[:2], dtype=torch.long)
 
     @fake("fna_lab_cpu::farthest_points")
@@ -183,26 +188,25 @@ def clustered_attention(
     sunk: bool,
 ) -> Tensor:
     """`fna_lab.ops.clustered_attention`, which checks arguments, for landmarks `[b m]`."""
-    kernels = torch.ops.fna_lab_cpu
-    tokens, members = (landmarks if rows is None else rows).contiguous(), members.contiguous()
-    apart = None if removed is None else tuple(found.contiguous() for found in removed)
+    kernels, members, keys = torch.ops.fna_lab_cpu, members.contiguous(), _contiguous(keys)
     none = None, None
+    apart = none if removed is None else tuple(found.contiguous() for found in removed)
+    fitted = landmarks if rows is None else rows
+    if isinstance(solver, RidgeInverse) and solver.has_kernel(fitted.shape[1], landmarks.shape[1]):
+        return kernels.clustered_ridge(
+            q, k, v, landmarks, members, rows, keys, scale, solver.ridge, exact_rows, *apart,
+            own, sunk,
+        )  # fmt: skip
+    tokens = fitted.contiguous()
     means, sizes, kernel, left, prior, exact = kernels.before_solve(
         q, k, v, landmarks.contiguous(), members, tokens,
-        _contiguous(keys), scale, rows is None, *(apart if apart and sunk else none),
+        keys, scale, rows is None, *(apart if sunk else none),
     )  # fmt: skip
-    values = prior.add_(getattr(solver, "compiled", solver)(kernel, left))
+    values = prior.add_(solver(kernel, left))
     return kernels.after_solve(
         q, means, values, sizes, scale, tokens, exact, exact_rows, k, v,
-        *(apart if apart and own else none), members if own and sunk else None,
+        *(apart if own else none), members if own and sunk else None,
     )  # fmt: skip
-
-
-def ridge_solve(kernel: Tensor, values: Tensor, ridge: float) -> Tensor:
-    """(A'A + ridge I)^-1 A' B for A `[... r m]` and B `[... r d]`: `[... m d]`."""
-    shape = (*kernel.shape[:-2], kernel.shape[-1], values.shape[-1])
-    parts = (x.reshape(-1, *x.shape[-2:]).contiguous() for x in (kernel, values))
-    return torch.ops.fna_lab_cpu.ridge_solve(*parts, ridge).view(shape)
 
 
 def means(x: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]:
@@ -210,10 +214,15 @@ def means(x: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]:
     return torch.ops.fna_lab_cpu.means(x, members.contiguous(), num)
 
 
-def nearest(points: Tensor, marks: Tensor, square: Tensor) -> Tensor:
-    """The mark `[b m c]` nearest to each of `[b n c]`, by their `square` `[b m]`: long `[b n]`."""
+def sketch_points(points: Tensor, draw: Tensor) -> Tensor:
+    """`fna_lab.ops.sketch_points` of `[b n c]` by a draw `[g c/g d/g]` for g groups: `[b n d]`."""
+    return torch.ops.fna_lab_cpu.sketch_points(points, draw)
+
+
+def nearest(points: Tensor, landmarks: Tensor, allowed: Tensor | None) -> Tensor:
+    """`fna_lab.ops.nearest_landmarks`, which checks arguments: `[b n c]`, `[b m]` -> `[b n]`."""
     return torch.ops.fna_lab_cpu.nearest(
-        points.contiguous(), marks.contiguous(), square.contiguous()
+        points.contiguous(), landmarks.contiguous(), _contiguous(allowed)
     )
 
 

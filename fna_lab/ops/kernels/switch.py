@@ -64,10 +64,10 @@ def on_cpu(tokens: int, *tensors: Tensor) -> bool:
     """
     if tokens < LEAST_TOKENS or os.environ.get("FNA_LAB_CPP") == "0":
         return False
-    if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in tensors):
-        return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return False
+    asked = torch.is_grad_enabled()
+    for x in tensors:
+        if not x.is_cpu or x.dtype != torch.float32 or asked and x.requires_grad:
+            return False
     if getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
         return False  # tangents would get lost
     # What is exported has to run elsewhere; torch before 2.7 does not tell it from a compiled one.

@@ -90,11 +90,11 @@ class FewKeys {
   }
 
   // Outputs of at most QUERIES queries, rows `to_row` apart.
-  void attend(int64_t count, Matrix q, float* to, int64_t to_row, const Matrix* next = nullptr,
-              int64_t then = 0) {
+  template <class A = NothingAhead>
+  void attend(int64_t count, Matrix q, float* to, int64_t to_row, A ahead = {}) {
     float inverse[QUERIES];
-    product<To::ROW>(count, q, keys.data(), width, dim, logits.data(), width, width, bias.data());
-    if (next) fetch(*next, then, dim);
+    product<To::ROW>(count, q, keys.data(), width, dim, logits.data(), width, width, bias.data(),
+                     ahead);
     softmax(count, logits.data(), width, inverse);
     const Matrix weights = {logits.data(), width, 1};
     if (wide == out_dim) {
@@ -113,9 +113,11 @@ class FewKeys {
   Buffer logits, spare;
 };
 
-// Many queries, few keys: they are packed once for each head and thread.
-inline Tensor attend_to_few(const Tensor& q, const Tensor& k, const Tensor& v,
-                            const std::optional<Tensor>& mask, double scale) {
+// Many queries, few keys: they are packed once for each head and thread. `read(b, h, bias)` tells
+// what is added to the logits.
+template <class Read>
+inline Tensor attend_all(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                         Read read) {
   const int64_t batch = q.size(0), heads = q.size(1), size = q.size(2), out_dim = v.size(3);
   const int64_t chunks = (size + CHUNK - 1) / CHUNK;
   Tensor out = at::empty({batch, size, heads, out_dim}, q.options());
@@ -127,7 +129,7 @@ inline Tensor attend_to_few(const Tensor& q, const Tensor& k, const Tensor& v,
       if (packed != head) {
         packed = head;
         few.pack(head_of(k, b, h), head_of(v, b, h), float(scale), few.marks);
-        read_mask(mask, b, h, 0, few.marks, few.bias.data());
+        read(b, h, few.bias.data());
       }
       int64_t i = task % chunks * CHUNK;
       const int64_t stop = std::min(size, i + CHUNK);
@@ -137,12 +139,19 @@ inline Tensor attend_to_few(const Tensor& q, const Tensor& k, const Tensor& v,
         count = std::min(QUERIES, stop - i);
         const Matrix next = {rows.data + count * rows.row, rows.row, rows.column};
         few.attend(count, rows, found + ((b * size + i) * heads + h) * out_dim, heads * out_dim,
-                   &next, std::min(QUERIES, stop - i - count));
+                   Ahead(next, std::min(QUERIES, stop - i - count), few.dim));
         rows = next;
       }
     }
   });
   return out.transpose(1, 2);
+}
+
+inline Tensor attend_to_few(const Tensor& q, const Tensor& k, const Tensor& v,
+                            const std::optional<Tensor>& mask, double scale) {
+  return attend_all(q, k, v, scale, [&](int64_t b, int64_t h, float* bias) {
+    read_mask(mask, b, h, 0, k.size(2), bias);
+  });
 }
 
 // What a part of the keys gives few queries: sums that are still to be divided.
@@ -194,8 +203,9 @@ class FewQueries {
   }
 
   // Logits of some keys [size width].
-  void dots(Matrix k, int64_t size, float* out) {
-    product(size, k, turned.data(), width, dim, out, width, width);
+  template <class A = NothingAhead>
+  void dots(Matrix k, int64_t size, float* out, A ahead = {}) {
+    product(size, k, turned.data(), width, dim, out, width, width, nullptr, ahead);
   }
 
   // Logits + bias [size width] become 2^ of them, relative to the largest of each column so far.
@@ -231,13 +241,11 @@ class FewQueries {
     k.data += begin * k.row, v.data += begin * v.row;
     for (int64_t from = begin, count; from < begin + size; from += count) {
       count = std::min(most_keys, begin + size - from);
-      fetch(v, count, out_dim);
       read(from, count, bias.data());
-      dots(k, count, logits.data());
+      dots(k, count, logits.data(), Ahead(v, count, out_dim));
       seen(from, count, k);
       weigh(logits.data(), count, bias.data(), out.top, out.total);
       k.data += count * k.row;
-      fetch(k, std::min(most_keys, begin + size - from - count), dim);
       for (int64_t j = 0; sunk && j < count; j++)
         if (sunk[from + j]) std::fill(&logits[j * width], &logits[j * width] + width, 0.f);
       for (int64_t r = 0; from > begin && r < queries; r++)
@@ -245,7 +253,8 @@ class FewQueries {
           for (int64_t c = 0; c < wide; c++) out.values[r * wide + c] *= shrink[r];
       if (copied) gather(v, count, out_dim, copy.data(), wide);
       product<To::OUT>(queries, {logits.data(), 1, width}, copied ? copy.data() : v.data,
-                       copied ? wide : v.row, count, out.values, wide, wide);
+                       copied ? wide : v.row, count, out.values, wide, wide, nullptr,
+                       Ahead(k, std::min(most_keys, begin + size - from - count), dim));
       v.data += count * v.row;
     }
   }

@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "clusters.h"
+#include "solve.h"
 
 namespace {
 
@@ -104,14 +105,13 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> before_solve(
       for (int64_t r = 0; r < count; r++)
         put_together(r, parts.count, part_of, out_dim, outputs + r * out_dim);
       float* const mean = means.mutable_data_ptr<float>() + head * num * dim;
+      std::copy_n(members_sum_of(0), num * dim, mean);
+      for (int64_t i = 1; i < parts.count; i++)
+        add_row({members_sum_of(i), num * dim, 1}, num * dim, mean);
       for (int64_t j = 0; j < num; j++) {
         const float share = 1 / std::max(held[b * num + j], 1.f);
         bias[j] = std::log2(held[b * num + j]);
-        for (int64_t c = 0; c < dim; c++) {
-          float sum = 0;
-          for (int64_t i = 0; i < parts.count; i++) sum += members_sum_of(i)[j * dim + c];
-          mean[j * dim + c] = sum * share;
-        }
+        for (int64_t c = 0; c < dim; c++) mean[j * dim + c] *= share;
       }
       gather(head_of(v, b, h), num, out_dim, own.data(), wide, marks + b * num);
       for (int64_t j = 0; j < num; j++)
@@ -155,8 +155,12 @@ inline Tensor after_solve(const Tensor& q, const Tensor& means, const Tensor& va
                           const std::optional<Tensor>& home) {
   const int64_t batch = q.size(0), heads = q.size(1), size = q.size(2), dim = q.size(3);
   const int64_t num = means.size(2), out_dim = values.size(3), count = rows.size(1);
-  const Tensor columns = sizes.log().unsqueeze(1).expand({batch, heads, num});
-  Tensor out = attend_to_few(q, means, values, columns, scale);
+  const float* const held = sizes.const_data_ptr<float>();
+  auto log_sizes = [&](int64_t b, float* to) {
+    for (int64_t j = 0; j < num; j++) to[j] = std::log2(held[b * num + j]);
+  };
+  Tensor out = attend_all(q, means, values, scale,
+                          [&](int64_t b, int64_t, float* to) { log_sizes(b, to); });
   float* const found = out.mutable_data_ptr<float>();
   auto place = [&](int64_t b, int64_t h, int64_t token) {
     return found + ((b * size + token) * heads + h) * out_dim;
@@ -169,7 +173,6 @@ inline Tensor after_solve(const Tensor& q, const Tensor& means, const Tensor& va
                   known + (head * count + r) * out_dim, out_dim * sizeof(float));
   const Removed gone(own_rows, own_valid, size);
   if (!gone.count) return out;
-  const float* const held = sizes.const_data_ptr<float>();
   at::parallel_for(0, batch * heads, 1, [&](int64_t head, int64_t end) {
     FewKeys few(num + 1, dim, out_dim);  // the last one is the token itself
     for (; head < end; head++) {
@@ -177,7 +180,7 @@ inline Tensor after_solve(const Tensor& q, const Tensor& means, const Tensor& va
       few.pack(head_of(means, b, h), head_of(values, b, h), float(scale), num);
       const Matrix query = head_of(q, b, h), key = head_of(k, b, h), value = head_of(v, b, h);
       gone.each(b, [&](int64_t token) {
-        for (int64_t j = 0; j < num; j++) few.bias[j] = std::log2(held[b * num + j]);
+        log_sizes(b, few.bias.data());
         if (home) {
           const int64_t j = home->const_data_ptr<int64_t>()[b * size + token];
           if (j >= 0) few.bias[j] = std::log2(held[b * num + j] - 1);
@@ -193,6 +196,25 @@ inline Tensor after_solve(const Tensor& q, const Tensor& means, const Tensor& va
     }
   });
   return out;
+}
+
+// All of `ops.clustered_attention` with `RidgeInverse`; tokens T are `apart`.
+inline Tensor clustered_ridge(const Tensor& q, const Tensor& k, const Tensor& v,
+                              const Tensor& landmarks, const Tensor& members,
+                              const std::optional<Tensor>& rows, const std::optional<Tensor>& keys,
+                              double scale, double ridge, int64_t exact_rows,
+                              const std::optional<Tensor>& apart,
+                              const std::optional<Tensor>& valid, bool own, bool sunk) {
+  const std::optional<Tensor> none;
+  const Tensor marks = landmarks.contiguous(), tokens = rows ? rows->contiguous() : marks;
+  const auto [means, sizes, kernel, left, prior, exact] =
+      before_solve(q, k, v, marks, members, tokens, keys, scale, !rows, sunk ? apart : none,
+                   sunk ? valid : none);
+  const Tensor solved = ridge_solve(kernel.flatten(0, 1), left.flatten(0, 1), ridge);
+  add_row({solved.const_data_ptr<float>(), 0, 1}, prior.numel(), prior.mutable_data_ptr<float>());
+  return after_solve(q, means, prior, sizes, scale, tokens, exact, exact_rows, k, v,
+                     own ? apart : none, own ? valid : none,
+                     own && sunk ? std::optional<Tensor>(members) : none);
 }
 
 }  // namespace

@@ -7,32 +7,40 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <numeric>
+#include <optional>
 #include <tuple>
 
 #include "vectors.h"
 
 namespace {
 
-// The place in [b m c] of the mark nearest to each of [b n c], long [b n]; the first of equal ones.
-// Adds `square` [b m] - 2 x y', which is the squared distance but for |x|^2.
-inline at::Tensor nearest(const at::Tensor& points, const at::Tensor& marks,
-                          const at::Tensor& square) {
+// `ops.nearest_landmarks` of points [b n c] and landmarks, token indices [b m]: long [b n], -1 for
+// those not `allowed` [b n]. Ties go to the first, and landmarks to themselves.
+inline at::Tensor nearest(const at::Tensor& points, const at::Tensor& landmarks,
+                          const std::optional<at::Tensor>& allowed) {
   const int64_t batch = points.size(0), size = points.size(1), dim = points.size(2);
-  const int64_t count = marks.size(1), width = padded(count);
+  const int64_t count = landmarks.size(1), width = padded(count);
   constexpr int64_t BLOCK = 48;
   const int64_t blocks = (size + BLOCK - 1) / BLOCK;
   at::Tensor out = at::empty({batch, size}, points.options().dtype(at::kLong));
-  const float *x = points.const_data_ptr<float>(), *y = marks.const_data_ptr<float>();
-  const float* own = square.const_data_ptr<float>();
-  int64_t* found = out.mutable_data_ptr<int64_t>();
+  const float* const x = points.const_data_ptr<float>();
+  const int64_t* const marks = indices(landmarks, 0, size, "landmarks");
+  const bool* const keep = allowed ? allowed->const_data_ptr<bool>() : nullptr;
+  int64_t* const found = out.mutable_data_ptr<int64_t>();
   at::parallel_for(0, batch * blocks, 4, [&](int64_t task, int64_t end) {
     Buffer turned(dim * width), less(BLOCK * width), add(width, INF);
     for (int64_t packed = -1; task < end; task++) {
       const int64_t b = task / blocks, begin = task % blocks * BLOCK;
       if (packed != b) {
         packed = b;
-        std::copy_n(own + b * count, count, add.begin());
-        transpose({y + b * count * dim, dim, 1}, count, dim, -2, turned.data(), width);
+        const int64_t* const own = marks + b * count;
+        transpose({x + b * size * dim, dim, 1}, count, dim, -2, turned.data(), width, own);
+        for (int64_t m = 0; m < count; m++) {  // |y|^2: |x|^2 is the same for all of them
+          const float* const y = x + (b * size + own[m]) * dim;
+          const bool again = std::find(own, own + m, own[m]) != own + m;
+          add[m] = again ? INF : std::inner_product(y, y + dim, y, 0.f);
+        }
       }
       const int64_t rows = std::min(BLOCK, size - begin);
       product(rows, {x + (b * size + begin) * dim, dim, 1}, turned.data(), width, dim, less.data(),
@@ -54,6 +62,10 @@ inline at::Tensor nearest(const at::Tensor& points, const at::Tensor& marks,
       }
     }
   });
+  for (int64_t b = 0; b < batch; b++)
+    for (int64_t m = count - 1; m >= 0; m--) found[b * size + marks[b * count + m]] = m;
+  for (int64_t i = 0; keep && i < batch * size; i++)
+    if (!keep[i]) found[i] = -1;
   return out;
 }
 
@@ -83,7 +95,8 @@ inline std::tuple<at::Tensor, at::Tensor> means(const at::Tensor& x, const at::T
       Matrix rows = head_of(x, b, head % heads);
       float* const sum = sums + head * num * dim;
       for (int64_t i = 0; i < size; i++, rows.data += rows.row) {
-        if (i + 16 < size) fetch({rows.data + 16 * rows.row, rows.row, rows.column}, 1, dim);
+        for (int64_t c = 0; i + 16 < size && c < dim; c += 16)
+          __builtin_prefetch(rows.data + 16 * rows.row + c * rows.column, 0, 2);
         const int64_t m = home[b * size + i];
         if (m >= 0) add_row(rows, dim, sum + m * dim);
       }

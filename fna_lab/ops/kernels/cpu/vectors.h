@@ -113,12 +113,32 @@ inline Matrix head_of(const at::Tensor& x, int64_t b, int64_t h) {
   return {data, x.stride(2), x.stride(3)};
 }
 
-// Rows that are soon asked for: where a host packs q, k and v, each lies in a page of its own.
-inline void fetch(Matrix x, int64_t rows, int64_t dim) {
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t c = 0; c < dim; c += 16)
-      __builtin_prefetch(x.data + r * x.row + c * x.column, 0, 2);
-}
+// Rows that are soon asked for: where a host packs q, k and v, each lies in a page of its own. All
+// at once they would hold the processor up, so that a product asks for a line at each of its steps.
+class Ahead {
+ public:
+  Ahead(Matrix x, int64_t rows, int64_t dim)
+      : next(x.data), row(x.row), all(rows * x.row), end(x.data + all), left(rows > 0 ? dim : 0) {
+    if (x.column != 1) left = 0;
+  }
+  void step() {
+    if (left <= 0) return;
+    __builtin_prefetch(next, 0, 2);
+    next += row;
+    if (next != end) return;
+    next += LINE - all, end += LINE, left -= LINE;
+  }
+
+ private:
+  static constexpr int64_t LINE = 16;
+  const float* next;
+  const int64_t row, all;
+  const float* end;
+  int64_t left;
+};
+struct NothingAhead {
+  void step() {}
+};
 
 // Rows of a matrix, all or those of tokens `index`, as columns, times a factor: [d width].
 inline void transpose(Matrix x, int64_t size, int64_t dim, float factor, float* out, int64_t width,
@@ -150,9 +170,9 @@ inline void add_row(Matrix x, int64_t dim, float* to) {
 enum class To { NOTHING, ROW, OUT };
 
 // out[r][c] = factor[r] * (sum_k a[r][k] b[k][c] + what it is added to) for R rows and C vectors.
-template <int R, int C, To TO>
+template <int R, int C, To TO, class A>
 inline void tile(Matrix a, const float* b, int64_t b_row, int64_t depth, float* out,
-                 int64_t out_row, const float* more) {
+                 int64_t out_row, const float* more, A& ahead) {
   Vector sum[R][C];
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++)
@@ -162,6 +182,7 @@ inline void tile(Matrix a, const float* b, int64_t b_row, int64_t depth, float* 
       else sum[r][c] = load((TO == To::ROW ? more : out + r * out_row) + c * LANES);
     }
   for (int64_t k = 0; k < depth; k++) {
+    ahead.step();
     Vector line[C];
 #pragma GCC unroll 16
     for (int c = 0; c < C; c++) line[c] = load(b + k * b_row + c * LANES);
@@ -180,45 +201,47 @@ inline void tile(Matrix a, const float* b, int64_t b_row, int64_t depth, float* 
             TO == To::NOTHING && more ? sum[r][c] * more[r] : sum[r][c]);
 }
 
-template <int R, To TO, int C = COLUMNS>
+template <int R, To TO, int C = COLUMNS, class A>
 inline void strip(Matrix a, const float* b, int64_t b_row, int64_t depth, float* out,
-                  int64_t out_row, int64_t width, const float* more) {
+                  int64_t out_row, int64_t width, const float* more, A& ahead) {
   int64_t c = 0;
   auto columns = [&]<int N>() {
     for (; c + N * LANES <= width; c += N * LANES)
-      tile<R, N, TO>(a, b + c, b_row, depth, out + c, out_row, TO == To::ROW ? more + c : more);
+      tile<R, N, TO>(a, b + c, b_row, depth, out + c, out_row, TO == To::ROW ? more + c : more,
+                     ahead);
   };
   columns.template operator()<C>();
   if constexpr (C > 2) columns.template operator()<2>();
   columns.template operator()<1>();
 }
 
-template <int R, To TO>
+template <int R, To TO, class A>
 inline void rest(int64_t rows, Matrix a, const float* b, int64_t b_row, int64_t depth, float* out,
-                 int64_t out_row, int64_t width, const float* more) {
+                 int64_t out_row, int64_t width, const float* more, A& ahead) {
   if constexpr (R > 0) {
-    if (rows == R) strip<R, TO>(a, b, b_row, depth, out, out_row, width, more);
-    else rest<R - 1, TO>(rows, a, b, b_row, depth, out, out_row, width, more);
+    if (rows == R) strip<R, TO>(a, b, b_row, depth, out, out_row, width, more, ahead);
+    else rest<R - 1, TO>(rows, a, b, b_row, depth, out, out_row, width, more, ahead);
   }
 }
 
 // out = a b + what it is added to: `more` is that row, or a factor of each row of a b. The width
 // is a multiple of LANES, and rows of b and of out have room for it.
-template <To TO = To::NOTHING>
+template <To TO = To::NOTHING, class A = NothingAhead>
 inline void product(int64_t rows, Matrix a, const float* b, int64_t b_row, int64_t depth,
-                    float* out, int64_t out_row, int64_t width, const float* more = nullptr) {
+                    float* out, int64_t out_row, int64_t width, const float* more = nullptr,
+                    A ahead = {}) {
   if (width <= 2 * LANES)
     for (; rows >= TALL; rows -= TALL) {
-      strip<TALL, TO, 2>(a, b, b_row, depth, out, out_row, width, more);
+      strip<TALL, TO, 2>(a, b, b_row, depth, out, out_row, width, more, ahead);
       a.data += TALL * a.row, out += TALL * out_row;
       if (TO == To::NOTHING && more) more += TALL;
     }
   for (; rows >= ROWS; rows -= ROWS) {
-    strip<ROWS, TO>(a, b, b_row, depth, out, out_row, width, more);
+    strip<ROWS, TO>(a, b, b_row, depth, out, out_row, width, more, ahead);
     a.data += ROWS * a.row, out += ROWS * out_row;
     if (TO == To::NOTHING && more) more += ROWS;
   }
-  rest<ROWS - 1, TO>(rows, a, b, b_row, depth, out, out_row, width, more);
+  rest<ROWS - 1, TO>(rows, a, b, b_row, depth, out, out_row, width, more, ahead);
 }
 
 }  // namespace
