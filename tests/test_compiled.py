@@ -17,6 +17,7 @@ pytest.importorskip("fcntl", reason="needs Linux")
 from fna_lab import ops
 from fna_lab.attn.base import Context
 from fna_lab.attn.fna import FastNystromAttention
+from fna_lab.attn.solver.ridge import RidgeSolver
 from fna_lab.ops.kernels import compiled
 from fna_lab.ops.kernels.switch import LEAST_TOKENS, chain_products, on_cpu
 from fna_lab.report import record
@@ -193,7 +194,7 @@ def test_clustered_attention_is_that_of_torch(
 
     def call(*inputs):
         return ops.clustered_attention(
-            *inputs, marks, members, ops.RidgeInverse(), rows=fitted,
+            *inputs, marks, members, RidgeSolver(), rows=fitted,
             keys=keys if padded or removes else None, distinct=not repeat, exact_rows=1,
             removed=removed, own=own, sunk=sunk,
         )  # fmt: skip
@@ -263,11 +264,18 @@ def test_sketches_are_those_of_torch(monkeypatch, served, dims, groups):
     assert served == ["sketch_points"] * 2
 
 
-def test_thin_points_are_farthest_ones(served):
-    points = torch.randn(2, 600, 80, generator=torch.Generator().manual_seed(5))
+@pytest.mark.parametrize("channels", [19, 80])
+def test_thin_points_are_farthest_ones_and_given_ones_keep_their_places(served, channels):
+    points = torch.randn(2, 600, channels, generator=torch.Generator().manual_seed(5))
     thin = ops.spread_points(points, 40, block=32, thin=True)
     assert torch.equal(thin, ops.farthest_points(points, 40))
     assert served == ["farthest_points"] * 2
+    first, allowed = torch.tensor([[3, 3, 9, 53]]).expand(2, -1), torch.ones(2, 600).bool()
+    allowed[:, 9] = False
+    thin = ops.spread_points(points, 40, block=32, thin=True, first=first, allowed=allowed)
+    far = ops.farthest_points(points, 40, first=first[:, ::3], allowed=allowed)
+    order = [0, 38, 39, 1, *range(2, 38)]  # the last two stand in for those that gave way
+    assert torch.equal(thin, far[:, order])
 
 
 @pytest.mark.parametrize("channels", [19, 80])
@@ -276,6 +284,12 @@ def test_points_that_are_no_numbers_spoil_no_others(served, channels):
     points[0, [7, 400]] = torch.nan
     picks = ops.farthest_points(points, 40)
     assert served and len(picks.unique()) == 40
+    allowed = torch.ones(1, 600, dtype=torch.bool)
+    allowed[0, [7, 400]] = False
+    first = torch.tensor([[0, 7]])
+    picks = ops.farthest_points(points, 40, first=first, allowed=allowed)
+    points[0, [7, 400]] = 0
+    assert torch.equal(picks, ops.farthest_points(points, 40, first=first, allowed=allowed))
 
 
 @pytest.mark.parametrize("block", [1, 8, 40])
@@ -359,12 +373,12 @@ def test_what_is_out_of_range_is_refused():
     members = torch.zeros(1, 600, dtype=torch.long)
     members[0, 5] = 20
     with pytest.raises(IndexError, match="Expected members from -1 to 19, got 20"):
-        ops.clustered_attention(q, k, v, marks, members, ops.RidgeInverse())
+        ops.clustered_attention(q, k, v, marks, members, RidgeSolver())
     with pytest.raises(IndexError, match="Expected members from -1 to 19, got 20"):
         ops.cluster_means(k, members, 20)
 
 
-@pytest.mark.parametrize("solver", [ops.ridge_solve, ops.RidgeInverse(1e-7)])
+@pytest.mark.parametrize("solver", [ops.ridge_solve, RidgeSolver(ridge=1e-7)])
 def test_other_solvers_stand_between_the_kernels(monkeypatch, served, solver):
     q, k, v = projection(2, 2, 600, 16)
     marks, points = clusters(2, 600, 20, repeat=False)
@@ -375,18 +389,29 @@ def test_other_solvers_stand_between_the_kernels(monkeypatch, served, solver):
     torch.testing.assert_close(out, torch_path(monkeypatch, call), rtol=1e-3, atol=1e-4)
 
 
+def test_a_solver_of_ones_own_is_asked(served):
+    class Own(RidgeSolver):
+        def __call__(self, kernel, values):
+            served.append("own")
+            return super().__call__(kernel, values)
+
+    q, k, v = projection(1, 1, 600, 16)
+    marks, points = clusters(1, 600, 20, repeat=False)
+    members = ops.nearest_landmarks(points, marks)
+    ops.clustered_attention(q, k, v, marks, members, Own())
+    assert served[-2:] == ["clustered_attention", "own"]
+
+
 def test_more_exact_rows_than_there_are_and_no_rows(monkeypatch):
     q, k, v = projection(2, 1, 600, 8)
     marks, points = clusters(2, 600, 20, repeat=False)
     members = ops.nearest_landmarks(points, marks)
-    attend = functools.partial(
-        ops.clustered_attention, q, k, v, marks, members, ops.RidgeInverse()
-    )
+    attend = functools.partial(ops.clustered_attention, q, k, v, marks, members, RidgeSolver())
     for rows, exact in ((None, 100), (marks[:, :3], 100), (marks[:, :0], 0)):
         call = functools.partial(attend, rows=rows, exact_rows=exact)
         torch.testing.assert_close(call(), torch_path(monkeypatch, call), rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="exact_rows"):
-        ops.clustered_attention(q, k, v, marks, members, ops.RidgeInverse(), exact_rows=-1)
+        ops.clustered_attention(q, k, v, marks, members, RidgeSolver(), exact_rows=-1)
 
 
 def test_tangents_go_through_torch():
@@ -431,7 +456,7 @@ def test_gradients_are_those_of_torch():
     marks, points = clusters(1, 600, 20, repeat=False)
     with torch.enable_grad():
         members = ops.nearest_landmarks(points, marks)
-        out = ops.clustered_attention(q, k, v, marks, members, ops.RidgeInverse())
+        out = ops.clustered_attention(q, k, v, marks, members, RidgeSolver())
         out.sum().backward()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))
 
@@ -458,7 +483,7 @@ def test_exported_programs_have_no_kernel_in_them():
     class Attention(torch.nn.Module):
         def forward(self, q, k, v):
             members = ops.nearest_landmarks(points, marks, distinct=True)
-            return ops.clustered_attention(q, k, v, marks, members, ops.RidgeInverse())
+            return ops.clustered_attention(q, k, v, marks, members, RidgeSolver())
 
     program = torch.export.export(Attention(), (q, k, v))
     assert "fna_lab_cpu" not in str(program)

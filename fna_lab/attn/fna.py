@@ -121,6 +121,7 @@ class FastNystromAttention(LandmarkAttention):
         if self.clusters:
             attention = ops.clustered_attention
             more |= self._clusters(points, landmarks, keys, context, distinct=more["distinct"])
+            more["rows"] = self._fitted(landmarks, keys, q.shape[2])
             removal = context.removal
             if removal is not None and self.removes(removal, v, bias):
                 more["removed"] = removal.rows, removal.valid
@@ -163,15 +164,14 @@ class FastNystromAttention(LandmarkAttention):
         *,
         distinct: bool,
     ) -> dict[str, Any]:
-        """Clusters for `ops.clustered_attention`, and what it fits: new if there are points."""
+        """Clusters of landmarks for `ops.clustered_attention`: new ones if there are points."""
         shared, slot = context.shared, slot_of(keys, context)
-        members, runs, rows = (f"{slot}: {what}" for what in ("members", "runs", "rows"))
+        members, runs = f"{slot}: members", f"{slot}: runs"
         if points is not None:
             with context.timed("selection"):
                 shared[members] = self._members(points, landmarks, keys, distinct=distinct)
             shared[runs] = ops.cluster_runs(shared[members], landmarks.shape[1])
-            shared[rows] = self._fitted(landmarks, keys, context.x.shape[1])
-        found: dict[str, Any] = {"members": shared[members], "rows": shared[rows]}
+        found: dict[str, Any] = {"members": shared[members]}
         return found if self.guard else found | {"runs": shared[runs]}  # a guard takes some heads
 
     def _exact_rows(self, context: Context) -> int:
@@ -180,7 +180,7 @@ class FastNystromAttention(LandmarkAttention):
 
     def _solver(self) -> Callable[[Tensor, Tensor], Tensor]:
         """(A `[b h r m]`, B `[b h r d]`) -> Z(A) B."""
-        return self.solver.operator()
+        return self.solver
 
     def _members(
         self,

@@ -127,7 +127,7 @@ from fna_lab.ops.sinks import (
     standard_scores,
 )
 from fna_lab.ops.sketch import sketch_points
-from fna_lab.ops.solvers import RidgeInverse, newton_schulz, ridge_solve
+from fna_lab.ops.solvers import newton_schulz, ridge_solve
 from fna_lab.ops.spread import spread_points
 from fna_lab.ops.strategies import (
     CORRECTIONS,
@@ -148,7 +148,6 @@ __all__ = [
     "PATTERNS",
     "MOVES",
     "REPLACEMENTS",
-    "RidgeInverse",
     "STAGES",
     "WITHOUT_TOKENS",
     "TOKEN_CLASSES",

@@ -63,6 +63,8 @@ def nearest_landmarks(
         raise ValueError(
             f"Expected landmarks [{points.shape[0]} m], got {tuple(landmarks.shape)}."
         )
+    if landmarks.shape[1] == 0:
+        raise ValueError("Expected at least one landmark, got none.")
     if allowed is not None:
         check_bool("allowed", allowed, tuple(points.shape[:2]))
     points = points.to(torch.promote_types(points.dtype, torch.float32))
@@ -149,7 +151,9 @@ def cluster_means(
 
         return compiled.means(x, members, num)
     if x.device.type == "cpu":
-        means, sizes = _bagged_means(x, (runs or cluster_runs(members, num)).sorted())
+        if runs is None or runs.members is not members:  # a part of the pictures, run again
+            runs = cluster_runs(members, num)
+        means, sizes = _bagged_means(x, runs.sorted())
     else:
         means, sizes = _product_means(x, members, num)
     means = means.to(x.dtype).reshape(batch, num, heads, dim).transpose(1, 2)
@@ -218,8 +222,8 @@ def clustered_attention(
         landmarks: token indices, long `[b m]`, or `[b h m]` where heads have their own.
         members: the landmark of each token, as `nearest_landmarks` tells: long `[b n]`, or
             `[b h n]` where heads have their own.
-        solver: (A `[b h r m]`, B `[b h r d]`) -> Z(A) B. Compiled kernels do `RidgeInverse`
-            themselves.
+        solver: (A `[b h r m]`, B `[b h r d]`) -> Z(A) B. One whose attribute `kernel_ridge` is a
+            number is `ridge_solve` with that penalty, which compiled kernels do themselves.
         scale: factor of the logits; None = d^-1/2.
         rows: tokens whose exact outputs V' must fit, long `[b r]`, or `[b h r]`; None = the
             landmarks.

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from fna_lab.ops.checks import check_integer
 
 LEAST_RIDGE = 1e-5  # beside A'A the rounding of float32 would be as large as less than that
-MOST_ON_CPU = 256  # rows or columns that the compiled kernel factors: for more LAPACK is faster
 
 
 def check_matrix(kernel: Tensor) -> None:
@@ -27,12 +24,6 @@ def check_square(kernel: Tensor) -> None:
         raise TypeError("Expected kernel to be a floating tensor [... m m].")
     if kernel.ndim < 2 or kernel.shape[-1] != kernel.shape[-2]:
         raise ValueError(f"Expected kernel to have shape [... m m], got {tuple(kernel.shape)}.")
-
-
-def check_ridge(ridge: float) -> None:
-    """Raise unless the penalty is positive."""
-    if not ridge > 0:
-        raise ValueError(f"Expected ridge to be > 0, got {ridge!r}.")
 
 
 def newton_schulz(kernel: Tensor, iters: int = 6) -> Tensor:
@@ -83,7 +74,8 @@ def ridge_solve(kernel: Tensor, values: Tensor, ridge: float = 1e-3) -> Tensor:
         ValueError: `kernel` is no matrix, or `ridge` is not positive.
     """
     check_matrix(kernel)
-    check_ridge(ridge)
+    if not ridge > 0:
+        raise ValueError(f"Expected ridge to be > 0, got {ridge!r}.")
     dtype = kernel.dtype
     if ridge < LEAST_RIDGE and dtype == torch.float32:
         kernel, values = kernel.double(), values.double()
@@ -97,28 +89,3 @@ def ridge_solve(kernel: Tensor, values: Tensor, ridge: float = 1e-3) -> Tensor:
     inverse = torch.cholesky_inverse(factor)
     solved = kernel.mT @ (inverse @ values) if wide else inverse @ (kernel.mT @ values)
     return solved.to(dtype)
-
-
-@dataclass(frozen=True)
-class RidgeInverse:
-    """(A'A + ridge I)^-1 A' as a solver, which compiled kernels know how to apply.
-
-    Args:
-        ridge: regularisation lambda > 0, in the units of A squared.
-
-    Raises:
-        ValueError: `ridge` is not positive.
-    """
-
-    ridge: float = 1e-3
-
-    def __post_init__(self) -> None:
-        check_ridge(self.ridge)
-
-    def __call__(self, kernel: Tensor, values: Tensor) -> Tensor:
-        """See `ridge_solve`."""
-        return ridge_solve(kernel, values, self.ridge)
-
-    def has_kernel(self, rows: int, landmarks: int) -> bool:
-        """Whether compiled kernels solve it themselves, for A of so many rows and landmarks."""
-        return self.ridge >= LEAST_RIDGE and min(rows, landmarks) <= MOST_ON_CPU

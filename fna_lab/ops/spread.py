@@ -92,7 +92,7 @@ def spread_points(
     if thin and on_cpu(size, points):
         from fna_lab.ops.kernels import compiled
 
-        return compiled.farthest_points(points, num, first, allowed)
+        return compiled.farthest_points(points, num, first, allowed, in_place=True)
     repeats = min(given - 1 if repeats is None else repeats, given, num)
     gone = 0 if allowed is None else given if barred is None else min(barred, given)
     spare = min(repeats + gone, given, num)

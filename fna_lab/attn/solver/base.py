@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 from torch import Tensor
 
@@ -20,10 +19,6 @@ class Solver(ABC):
     @abstractmethod
     def __call__(self, kernel: Tensor, values: Tensor) -> Tensor:
         """Z(A) B: kernel A `[b h r m]`, values B `[b h r d]` -> `[b h m d]`."""
-
-    def operator(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """What operators are handed: itself, or what kernels know."""
-        return self
 
     @abstractmethod
     def flops(self, rows: int, landmarks: int, head_dim: int) -> int:

@@ -22,15 +22,15 @@ class RidgeSolver(Solver):
     def __init__(self, *, ridge: float = 1e-3) -> None:
         check_number("attn.solver.ridge", ridge, "a number > 0", above=0)
         self.ridge = ridge
-        self.inverse = ops.RidgeInverse(ridge)
 
     def __call__(self, kernel: Tensor, values: Tensor) -> Tensor:
         """Z(A) B: `[b h r m]`, `[b h r d]` -> `[b h m d]`."""
-        return self.inverse(kernel, values)
+        return ops.ridge_solve(kernel, values, self.ridge)
 
-    def operator(self) -> ops.RidgeInverse:
-        """What compiled kernels know."""
-        return self.inverse
+    @property
+    def kernel_ridge(self) -> float | None:
+        """The penalty, for kernels that solve it themselves; None where a subclass solves more."""
+        return self.ridge if type(self).__call__ is RidgeSolver.__call__ else None
 
     def flops(self, rows: int, landmarks: int, head_dim: int) -> int:
         """FLOPs of one head."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fna_lab.ops.kernels.shapes import empty_output, mask_of_keys
-from fna_lab.ops.solvers import RidgeInverse
+from fna_lab.ops.solvers import LEAST_RIDGE
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ TARGETS = {
     "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"),
     "AVX2": ("-mavx2", "-mfma"),
 }
+
+MOST_SOLVED = 256  # rows or columns of a ridge solution: for more LAPACK is faster
 
 ONE = threading.Lock()  # threads that ask at the same time load them once
 
@@ -192,11 +194,11 @@ def clustered_attention(
     none = None, None
     apart = none if removed is None else tuple(found.contiguous() for found in removed)
     fitted = landmarks if rows is None else rows
-    if isinstance(solver, RidgeInverse) and solver.has_kernel(fitted.shape[1], landmarks.shape[1]):
+    ridge = getattr(solver, "kernel_ridge", None) or 0
+    if ridge >= LEAST_RIDGE and min(fitted.shape[1], landmarks.shape[1]) <= MOST_SOLVED:
         return kernels.clustered_ridge(
-            q, k, v, landmarks, members, rows, keys, scale, solver.ridge, exact_rows, *apart,
-            own, sunk,
-        )  # fmt: skip
+            q, k, v, landmarks, members, rows, keys, scale, ridge, exact_rows, *apart, own, sunk
+        )
     tokens = fitted.contiguous()
     means, sizes, kernel, left, prior, exact = kernels.before_solve(
         q, k, v, landmarks.contiguous(), members, tokens,
@@ -216,7 +218,7 @@ def means(x: Tensor, members: Tensor, num: int) -> tuple[Tensor, Tensor]:
 
 def sketch_points(points: Tensor, draw: Tensor) -> Tensor:
     """`fna_lab.ops.sketch_points` of `[b n c]` by a draw `[g c/g d/g]` for g groups: `[b n d]`."""
-    return torch.ops.fna_lab_cpu.sketch_points(points, draw)
+    return torch.ops.fna_lab_cpu.sketch_points(points, draw.contiguous())
 
 
 def nearest(points: Tensor, landmarks: Tensor, allowed: Tensor | None) -> Tensor:
@@ -226,7 +228,9 @@ def nearest(points: Tensor, landmarks: Tensor, allowed: Tensor | None) -> Tensor
     )
 
 
-def farthest_points(points: Tensor, num: int, first: Tensor, allowed: Tensor | None) -> Tensor:
+def farthest_points(
+    points: Tensor, num: int, first: Tensor, allowed: Tensor | None, *, in_place: bool = False
+) -> Tensor:
     """`fna_lab.ops.farthest_points`, which checks arguments: long `[b num]`.
 
     Args:
@@ -234,9 +238,11 @@ def farthest_points(points: Tensor, num: int, first: Tensor, allowed: Tensor | N
         num: how many to take, `first` included.
         first: points to take first, long `[b g]`, at least one and at most `num`.
         allowed: bool `[b n]`, False = never taken; None = all.
+        in_place: take all of `first` before others, as `spread_points` does: the last points
+            stand in the places of those that repeat or are not allowed.
     """
     return torch.ops.fna_lab_cpu.farthest_points(
-        points.contiguous(), num, first.contiguous(), _contiguous(allowed)
+        points.contiguous(), num, first.contiguous(), _contiguous(allowed), in_place
     )
 
 

@@ -19,7 +19,9 @@ TORCH_LIBRARY(fna_lab_cpu, m) {
   m.def("means(Tensor x, Tensor members, int num) -> (Tensor, Tensor)");
   m.def("sketch_points(Tensor points, Tensor draw) -> Tensor");
   m.def("nearest(Tensor points, Tensor landmarks, Tensor? allowed) -> Tensor");
-  m.def("farthest_points(Tensor points, int num, Tensor first, Tensor? allowed) -> Tensor");
+  m.def(
+      "farthest_points(Tensor points, int num, Tensor first, Tensor? allowed, bool in_place) -> "
+      "Tensor");
   m.def(
       "spread_points(Tensor points, int num, Tensor first, Tensor? allowed, int[] counts, "
       "int runs, bool plenty) -> Tensor");

@@ -7,7 +7,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 
 #include <numeric>
 #include <optional>
@@ -73,7 +72,7 @@ class Spread {
             sum[l] += apart * apart;
           }
         for (int l = 0; l < 4; l++)
-          store(far + l * LANES, -larger(-load(far + l * LANES), -sum[l]));
+          store(far + l * LANES, -larger(-sum[l], -load(far + l * LANES)));  // not if no number
       }
       best[i] = NONE;
       for (int64_t j = 0; j < WIDTH; j++)
@@ -101,6 +100,11 @@ class Spread {
   Buffer points, distance, best;
   std::vector<int64_t> place;
 };
+
+// Whether a given point stands among those before it, or must not be taken.
+inline bool gives_way(const int64_t* given, int64_t i, const bool* allowed) {
+  return std::find(given, given + i, given[i]) != given + i || (allowed && !allowed[given[i]]);
+}
 
 // Pictures to threads, or one after the other where that leaves some idle: then threads wait for
 // each other whenever points are measured.
@@ -183,7 +187,7 @@ class Lazy {
 // Channels up to which all points are measured against each that is taken, several side by side.
 constexpr int64_t NARROW = 64;
 // Values of the points that one thread looks through before it waits for others.
-constexpr int64_t GRAIN = 1 << 18;
+constexpr int64_t GRAIN = 3 << 18;
 
 // Farthest points of [size dim], those in `picks` that are not negative before others.
 inline void take_farthest(const float* points, int64_t size, int64_t dim, const bool* allowed,
@@ -228,19 +232,29 @@ inline void take_farthest_lazily(const float* points, int64_t size, int64_t dim,
   }
 }
 
-// `ops.farthest_points` of [b n c]: long [b num], those given, `first` [b g], before others.
+// `ops.farthest_points` of [b n c]: long [b num], those given, `first` [b g], before others. One
+// that stands there before, or is not allowed, gives way at once, or `in_place` to the last points.
 inline at::Tensor farthest_points(const at::Tensor& points, int64_t num, const at::Tensor& first,
-                                  const std::optional<at::Tensor>& allowed) {
+                                  const std::optional<at::Tensor>& allowed, bool in_place) {
   const int64_t batch = points.size(0), size = points.size(1), dim = points.size(2);
   const int64_t given = first.size(1);
-  const int64_t* const wanted = indices(first, 0, size, "first");
-  at::Tensor out = at::full({batch, num}, -1, first.options());
-  int64_t* const found = out.mutable_data_ptr<int64_t>();
+  const int64_t* const all_given = indices(first, 0, size, "first");
+  at::Tensor out = at::empty({batch, num}, first.options());
+  int64_t* const all_found = out.mutable_data_ptr<int64_t>();
   each_picture(batch, [&](int64_t b) {
-    std::copy_n(wanted + b * given, given, found + b * num);
+    const int64_t* const wanted = all_given + b * given;
     const float* const x = points.const_data_ptr<float>() + b * size * dim;
     const bool* const keep = allowed ? allowed->const_data_ptr<bool>() + b * size : nullptr;
-    (dim > NARROW ? take_farthest_lazily : take_farthest)(x, size, dim, keep, found + b * num, num);
+    std::vector<int64_t> picks, places, holes;
+    for (int64_t i = 0; i < given; i++) {
+      if (in_place && gives_way(wanted, i, keep)) holes.push_back(i);
+      else picks.push_back(wanted[i]), places.push_back(i);
+    }
+    picks.resize(num, -1);
+    for (int64_t i = given; i < num; i++) places.push_back(i);
+    places.insert(places.end(), holes.begin(), holes.end());
+    (dim > NARROW ? take_farthest_lazily : take_farthest)(x, size, dim, keep, picks.data(), num);
+    for (int64_t i = 0; i < num; i++) all_found[b * num + places[i]] = picks[i];
   });
   return out;
 }
@@ -305,8 +319,7 @@ inline at::Tensor spread_points(const at::Tensor& points, int64_t num, const at:
     spread.read(points.const_data_ptr<float>() + b * size * dim);
     std::vector<int64_t> taken, holes, picks;
     for (int64_t i = 0; i < given; i++) {
-      const bool again = std::find(wanted, wanted + i, wanted[i]) != wanted + i;
-      if (again || (keep && !keep[wanted[i]])) holes.push_back(i);
+      if (gives_way(wanted, i, keep)) holes.push_back(i);
       else taken.push_back(wanted[i]);
     }
     spread.measure(taken.data(), int64_t(taken.size()));
