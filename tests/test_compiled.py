@@ -402,6 +402,19 @@ def test_a_solver_of_ones_own_is_asked(served):
     assert served[-2:] == ["clustered_attention", "own"]
 
 
+def test_a_solver_with_parameters_is_trained():
+    q, k, v = projection(1, 1, 600, 16)
+    marks, points = clusters(1, 600, 20, repeat=False)
+    members = ops.nearest_landmarks(points, marks)
+    share = torch.ones((), requires_grad=True)
+    with torch.enable_grad():
+        out = ops.clustered_attention(
+            q, k, v, marks, members, lambda a, b: share * ops.ridge_solve(a, b)
+        )
+        out.sum().backward()
+    assert share.grad is not None and share.grad != 0
+
+
 def test_more_exact_rows_than_there_are_and_no_rows(monkeypatch):
     q, k, v = projection(2, 1, 600, 8)
     marks, points = clusters(2, 600, 20, repeat=False)

@@ -277,10 +277,12 @@ def clustered_attention(
     if bias is None and shared and q.shape == k.shape and on_cpu(k.shape[2], q, k, v):
         from fna_lab.ops.kernels import compiled
 
-        return compiled.clustered_attention(
+        found = compiled.clustered_attention(
             q, k, v, landmarks, members, rows, solver, scale=scale, keys=keys,
             exact_rows=exact_rows, removed=removed, own=own, sunk=sunk,
         )  # fmt: skip
+        if found is not None:
+            return found
     means, sizes = cluster_means(k, members, landmarks.shape[-1], runs=runs)
     sizes = each_head(sizes)
     distinct = keys is None if distinct is None else distinct

@@ -67,7 +67,7 @@ def sketch_points(points: Tensor, dims: int, *, normed: bool = False, groups: in
 def _grouped(channels: int, dims: int, groups: int) -> Tensor:
     """A corner of the draw for each group, which has that many channels fewer to add up."""
     own = _draw(channels, dims)[: channels // groups].unflatten(1, (groups, -1)).transpose(0, 1)
-    return own * groups**0.5
+    return (own * groups**0.5).contiguous()
 
 
 @drawn_once

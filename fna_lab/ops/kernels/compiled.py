@@ -188,8 +188,11 @@ def clustered_attention(
     removed: tuple[Tensor, Tensor] | None,
     own: bool,
     sunk: bool,
-) -> Tensor:
-    """`fna_lab.ops.clustered_attention`, which checks arguments, for landmarks `[b m]`."""
+) -> Tensor | None:
+    """`fna_lab.ops.clustered_attention`, which checks arguments, for landmarks `[b m]`.
+
+    None where the solver has parameters of its own to train.
+    """
     kernels, members, keys = torch.ops.fna_lab_cpu, members.contiguous(), _contiguous(keys)
     none = None, None
     apart = none if removed is None else tuple(found.contiguous() for found in removed)
@@ -204,7 +207,10 @@ def clustered_attention(
         q, k, v, landmarks.contiguous(), members, tokens,
         keys, scale, rows is None, *(apart if sunk else none),
     )  # fmt: skip
-    values = prior.add_(solver(kernel, left))
+    solved = solver(kernel, left)
+    if solved.requires_grad and torch.is_grad_enabled():
+        return None
+    values = prior.add_(solved)
     return kernels.after_solve(
         q, means, values, sizes, scale, tokens, exact, exact_rows, k, v,
         *(apart if own else none), members if own and sunk else None,
