@@ -378,6 +378,22 @@ def test_what_is_out_of_range_is_refused():
         ops.cluster_means(k, members, 20)
 
 
+@pytest.mark.parametrize(("rows", "count"), [(32, 64), (40, 33), (70, 20), (50, 50)])
+def test_ridge_solutions_are_as_close_as_those_of_torch(served, rows, count):
+    inputs = projection(2, 3, 600, 24)
+    marks, points = clusters(2, 600, count, repeat=False)
+    members, fitted = ops.nearest_landmarks(points, marks), clusters(2, 600, rows, repeat=False)[0]
+
+    def attend(solver, *qkv):
+        return ops.clustered_attention(*qkv, marks, members, solver, rows=fitted)
+
+    served.clear()
+    found, plain = attend(RidgeSolver(), *inputs), attend(ops.ridge_solve, *inputs)
+    assert served == ["clustered_attention"] * 2
+    expected = attend(ops.ridge_solve, *(x.double() for x in inputs))
+    assert (found - expected).norm() < 2 * (plain - expected).norm() + 1e-6
+
+
 @pytest.mark.parametrize("solver", [ops.ridge_solve, RidgeSolver(ridge=1e-7)])
 def test_other_solvers_stand_between_the_kernels(monkeypatch, served, solver):
     q, k, v = projection(2, 2, 600, 16)

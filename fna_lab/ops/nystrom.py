@@ -181,6 +181,8 @@ def nystrom_chain(
             left = torch.baddbmm(*(x.flatten(0, 1) for x in (gathered, kernel, prior)), alpha=-1)
             solved = solve(kernel, left.view_as(gathered)) + prior
         solved = solved.to(v.dtype).contiguous()
+    if torch.is_grad_enabled() and solved.requires_grad:  # parameters of the solver, too
+        spread = F.scaled_dot_product_attention
     plain = spread is F.scaled_dot_product_attention and q.device.type != "cpu"
     if plain and columns is not None and columns.is_floating_point():
         columns = columns.to(q.dtype)  # elsewhere a wider bias is closer, and costs nothing

@@ -79,8 +79,7 @@ def ridge_solve(kernel: Tensor, values: Tensor, ridge: float = 1e-3) -> Tensor:
     dtype = kernel.dtype
     if ridge < LEAST_RIDGE and dtype == torch.float32:
         kernel, values = kernel.double(), values.double()
-    rows, marks = kernel.shape[-2:]
-    wide = rows < marks  # the smaller of two Gram matrices that do
+    wide = kernel.shape[-2] < kernel.shape[-1]  # the smaller of two Gram matrices that do
     gram = kernel @ kernel.mT if wide else kernel.mT @ kernel
     gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
     # cholesky_ex does not synchronise with the host; the ridge keeps the matrix definite.

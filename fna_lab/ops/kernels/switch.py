@@ -27,7 +27,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +127,7 @@ def chain_products(
     if some and on_cpu(k.shape[2], q, k, v, q_marks, k_marks, *biases):
         from fna_lab.ops.kernels import compiled
 
-        return compiled.attend_few, _unless_trained(compiled.attend_to_few)
+        return compiled.attend_few, compiled.attend_to_few
     if max(q.shape[3], v.shape[3]) > MOST_CHANNELS:
         return plain
     if not use_kernels(q, k, v, q_marks, k_marks, *masks):
@@ -137,17 +136,7 @@ def chain_products(
         return plain
     from fna_lab.ops.kernels.nystrom import attend_few, attend_to_few
 
-    return attend_few, _unless_trained(attend_to_few)
-
-
-def _unless_trained(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The kernel, but torch for values V' whose gradient a solver with parameters asks for."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
-        trained = torch.is_grad_enabled() and v.requires_grad
-        return (F.scaled_dot_product_attention if trained else kernel)(q, k, v, **more)
-
-    return attend
+    return attend_few, attend_to_few
 
 
 def _is_of_keys(mask: Tensor) -> bool:
